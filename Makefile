@@ -1,0 +1,53 @@
+# make demo     the main job on real data: a table, and an HTML report in demo-report/
+# make test     the test suite, against the installed package
+# make lint     style of the Python and C++ sources
+# make sanitize the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make bench    the benchmarks
+# make clean    remove everything that these made
+#
+# All of it happens in a virtual environment, VENV, made with PYTHON (3.10 or newer).
+
+PYTHON ?= python3
+VENV ?= .venv
+
+bin := $(VENV)/bin
+sources := $(wildcard setup.py pyproject.toml CMakeLists.txt README.md) \
+           $(shell find csrc rat_ext -type f -not -name '*.so' -not -name '*.pyc')
+cxx_sources := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format sanitize bench clean
+
+demo: $(VENV)/installed-demo
+	$(bin)/rat-ext demo --out demo-report
+
+# The script `pytest`, unlike `python -m pytest`, keeps the source tree off the import path.
+test: $(VENV)/installed-dev
+	$(bin)/pytest
+
+lint: $(VENV)/installed-dev
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/clang-format --dry-run -Werror $(cxx_sources)
+
+format: $(VENV)/installed-dev
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+	$(bin)/clang-format -i $(cxx_sources)
+
+sanitize: $(VENV)/installed-dev
+	PYTHON=$(bin)/python scripts/sanitize.sh
+
+bench: $(VENV)/installed-bench
+	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(bin)/python $$script; done
+
+$(VENV)/installed-%: $(sources) | $(VENV)/bin/pip
+	$(bin)/pip install ".[$*]"
+	touch $@
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist demo-report *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -f rat_ext/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""Robust radii of PyTorch classifiers, and misclassification detection with them.
+
+`robust_radius(model, x)` measures how far each input is from the decision boundary;
+`rat_ext.reference` is the same in plain PyTorch. The method is that of Yan and Weng, "RAT: Boosting
+Misclassification Detection Ability without Extra Data" (arXiv 2503.14783).
+"""
+
+from . import reference
+from ._build import BuildInfo, __version__, build_info
+from .loss import RATLoss, RATLossOutput
+from .radius import (
+    LoaderRadii,
+    RadiusResult,
+    SearchReport,
+    robust_radii,
+    robust_radius,
+    temperature_sweep,
+)
+
+__all__ = [
+    "BuildInfo",
+    "LoaderRadii",
+    "RATLoss",
+    "RATLossOutput",
+    "RadiusResult",
+    "SearchReport",
+    "__version__",
+    "build_info",
+    "reference",
+    "robust_radii",
+    "robust_radius",
+    "temperature_sweep",
+]
