@@ -10,12 +10,11 @@ from ._build import BuildInfo, __version__, build_info
 from .loss import RATLoss, RATLossOutput
 from .radius import (
     LoaderRadii,
-    RadiusResult,
-    SearchReport,
     robust_radii,
     robust_radius,
     temperature_sweep,
 )
+from .result import RadiusResult, SearchReport
 
 __all__ = [
     "BuildInfo",

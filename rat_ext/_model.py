@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,4 +60,16 @@ def check_device(model: Model, x: Tensor) -> None:
         raise ValueError(
             f"x is on {x.device} but the model is on {where}; move one of them, for example "
             f"x.to('{where.split(', ')[0]}')"
+        )
+
+
+def warn_not_finite(radius: Tensor) -> None:
+    """One warning for all the rows whose radius is nan, if there are any."""
+    bad = int(radius.isnan().sum())
+    if bad:
+        warnings.warn(
+            f"{bad} of {len(radius)} rows have inputs, logits or gradients that are not finite; "
+            "their radius is nan",
+            RuntimeWarning,
+            stacklevel=4,
         )

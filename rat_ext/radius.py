@@ -9,88 +9,18 @@ in plain PyTorch.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ._build import core
-from ._model import Model, check_device, logits_of, undisturbed
+from ._model import Model, check_device, logits_of, undisturbed, warn_not_finite
+from ._options import WIDE, Options, bounds_error
+from .result import RadiusResult
 
 _COLUMN = {name: i for i, name in enumerate(core.BRACKET_FIELDS)}
-_WIDE = {
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-}
-
-
-@dataclass(frozen=True)
-class SearchReport:
-    """What a search cost, in forward rows (one sample through the model once)."""
-
-    rows: Tensor
-    """(N,) int64: rows spent on each sample."""
-    histogram: Tensor
-    """(max rows + 1,) int64: how many samples took 0, 1, 2, ... rows."""
-    mean: float
-    p95: float
-    """95th percentile of rows."""
-    worst_case: int
-    """No sample can take more rows than this, whatever the model (0 where it is not searched)."""
-    fallback_share: float
-    """Share of the search's rounds, over all samples, that bisected instead of interpolating."""
-
-
-@dataclass(frozen=True)
-class RadiusResult:
-    """Robust radii of N inputs. Every tensor has shape (N,) and is on the input's device."""
-
-    radius: Tensor
-    """Midpoint of the bracket; inf where no flip was found; nan where a row is not finite."""
-    lower: Tensor
-    """Largest radius probed at which the prediction holds."""
-    upper: Tensor
-    """Smallest radius probed at which it has changed; inf where none was found."""
-    found: Tensor
-    """bool: a change of prediction was found up to eps_max."""
-    prediction: Tensor
-    """int64: the model's prediction; -1 where a row is not finite."""
-    flipped_to: Tensor
-    """int64: the class at ``upper``; -1 where no flip was found."""
-    forward_rows: Tensor
-    """int64: forward rows that the search took, beside the one forward and backward of the ray."""
-    fallbacks: Tensor
-    """int64: rounds of the search that fell back to bisection."""
-    worst_case_rows: int = 0
-    norm: str = "linf"
-
-    def __len__(self) -> int:
-        return self.radius.shape[0]
-
-    @property
-    def search_report(self) -> SearchReport:
-        """Rows per sample, their histogram, and the share of bisection fallbacks."""
-        rows = self.forward_rows
-        total = int(rows.sum())
-        return SearchReport(
-            rows=rows,
-            histogram=torch.bincount(rows) if len(self) else rows.new_zeros(1),
-            mean=float(rows.double().mean()) if len(self) else math.nan,
-            p95=float(rows.double().quantile(0.95)) if len(self) else math.nan,
-            worst_case=self.worst_case_rows,
-            fallback_share=int(self.fallbacks.sum()) / total if total else 0.0,
-        )
-
-    def __getitem__(self, index: Any) -> RadiusResult:
-        """The results of some of the rows."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        rows = {name: v[index] for name, v in values.items() if isinstance(v, Tensor)}
-        return RadiusResult(**{**values, **rows})
 
 
 class LoaderRadii(NamedTuple):
@@ -166,7 +96,7 @@ def robust_radius(
             model and x on different devices, an option out of its range.
         TypeError: x or the logits are not floating-point tensors.
     """
-    options = _Options.checked(
+    options = Options.checked(
         x, method, rtol, bounds, temperature, eps_max, attack, batch_size, h, search, probes
     )
     result = _radii(model, x, [options])[0]
@@ -186,7 +116,7 @@ def temperature_sweep(
         raise ValueError("temperatures is empty; give at least one")
     if {"temperature", "full"} & options.keys():
         raise TypeError("temperature_sweep takes temperatures, and always returns full results")
-    return _radii(model, x, [_Options.checked(x, temperature=t, **options) for t in temperatures])
+    return _radii(model, x, [Options.checked(x, temperature=t, **options) for t in temperatures])
 
 
 def robust_radii(
@@ -231,97 +161,14 @@ def robust_radii(
     )
 
 
-@dataclass(frozen=True)
-class _Options:
-    method: str
-    rtol: float
-    low: float
-    high: float
-    temperature: float
-    eps_max: float
-    batch_size: int | None
-    h: float
-    bisect: bool
-    probes: int
-
-    @property
-    def eps_min(self) -> float:
-        # Half the spacing of float32 numbers below 1, in units of the bounds: smaller steps are
-        # rounded away. Inputs in half precision are coarser still, but not near their low end.
-        return (self.high - self.low) * 2.0**-24
-
-    @classmethod
-    def checked(
-        cls,
-        x: Tensor,
-        method: str = "bs",
-        rtol: float = 1e-2,
-        bounds: tuple[float, float] = (0.0, 1.0),
-        temperature: float = 1.0,
-        eps_max: float | None = None,
-        attack: str = "fgsm",
-        batch_size: int | None = None,
-        h: float = 1e-3,
-        search: str = "interpolate",
-        probes: int = 1,
-    ) -> _Options:
-        _require_choice("method", method, ("bs", "fast"))
-        _require_choice("attack", attack, ("fgsm",))
-        _require_choice("search", search, ("interpolate", "bisect"))
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x is a {type(x).__name__}; expected a torch.Tensor")
-        if x.dtype not in _WIDE:
-            raise TypeError(
-                f"x is {x.dtype}; expected a floating-point tensor. Scale integer images first, "
-                "for example x.float() / 255"
-            )
-        if x.ndim < 2:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; expected a batch (N, ...). Use x[None] for one "
-                "sample"
-            )
-        if len(bounds) != 2 or not (math.isfinite(bounds[0]) and math.isfinite(bounds[1])):
-            raise ValueError(f"bounds is {bounds}; expected two finite numbers (low, high)")
-        low, high = map(float, bounds)
-        if not low < high:
-            raise ValueError(f"bounds is {bounds}; low must be below high")
-        finest = 64 * torch.finfo(_WIDE[x.dtype]).eps
-        if not finest <= rtol < 1:
-            raise ValueError(
-                f"rtol is {rtol}; for {x.dtype} inputs it must be at least {finest:.1e} and below "
-                "1. For a finer one use float64 inputs and a float64 model"
-            )
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature is {temperature}; it must be positive and finite")
-        if eps_max is None:
-            eps_max = high - low
-        if not (eps_max > 0 and math.isfinite(eps_max)):
-            raise ValueError(f"eps_max is {eps_max}; it must be positive and finite")
-        if not (h > 0 and math.isfinite(h)):
-            raise ValueError(f"h is {h}; it must be positive and finite")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None")
-        if not 1 <= probes <= core.MAX_PROBES:
-            raise ValueError(f"probes is {probes}; it must be from 1 to {core.MAX_PROBES}")
-        return cls(
-            method, rtol, low, high, temperature, eps_max, batch_size, h, search == "bisect", probes
-        )
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        known = " or ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} is {value!r}; expected {known}")
-
-
-def _radii(model: Model, x: Tensor, runs: Sequence[_Options]) -> list[RadiusResult]:
+def _radii(model: Model, x: Tensor, runs: Sequence[Options]) -> list[RadiusResult]:
     """One search for each of `runs`, which differ in their temperature only."""
     shared = runs[0]
     # Tensors made in inference mode cannot enter a graph, whatever mode the caller is in.
     with torch.inference_mode(False), torch.no_grad():
         x = x.detach()
         if not len(x):
-            return [_empty(x) for _ in runs]
+            return [RadiusResult.empty(x) for _ in runs]
         x = _with_dense_rows(x)
         launch = _launch_arguments(x)
         finite = _checked_input(x, shared, launch)
@@ -334,19 +181,12 @@ def _radii(model: Model, x: Tensor, runs: Sequence[_Options]) -> list[RadiusResu
                     search.brackets[~finite, _COLUMN["status"]] = core.NOT_FINITE
                 search.run(model, chunk)
         results = [search.result() for search in searches]
-    bad = int(results[0].radius.isnan().sum())
-    if bad:
-        warnings.warn(
-            f"{bad} of {len(x)} rows have inputs, logits or gradients that are not finite; their "
-            "radius is nan",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    warn_not_finite(results[0].radius)
     return results
 
 
 def _rays(
-    model: Model, x: Tensor, runs: Sequence[_Options], chunk: int, launch: dict[str, Any]
+    model: Model, x: Tensor, runs: Sequence[Options], chunk: int, launch: dict[str, Any]
 ) -> list[_Search]:
     """The searches of `runs`, each with its ray: one forward, and a backward for each run."""
     searches: list[_Search] = []
@@ -378,9 +218,9 @@ def _rays(
 class _Search:
     """The bracket searches of all rows of x on one set of rays."""
 
-    def __init__(self, x: Tensor, classes: int, options: _Options, launch: dict[str, Any]) -> None:
+    def __init__(self, x: Tensor, classes: int, options: Options, launch: dict[str, Any]) -> None:
         self.x, self.options, self.launch = x, options, launch
-        n, dtype, device = len(x), _WIDE[x.dtype], x.device
+        n, dtype, device = len(x), WIDE[x.dtype], x.device
         self.direction = _empty_rows_like(x, n, torch.int8)
         self.brackets = torch.empty(n, len(_COLUMN), dtype=dtype, device=device)
         self.probes = torch.empty(n, options.probes, dtype=dtype, device=device)
@@ -452,35 +292,21 @@ class _Search:
         )
 
 
-def _empty(x: Tensor) -> RadiusResult:
-    real = torch.empty(0, dtype=_WIDE[x.dtype], device=x.device)
-    integer = torch.empty(0, dtype=torch.int64, device=x.device)
-    found = torch.empty(0, dtype=torch.bool, device=x.device)
-    return RadiusResult(real, real, real, found, integer, integer, integer, integer)
-
-
-def _checked_input(x: Tensor, options: _Options, launch: dict[str, Any]) -> Tensor:
+def _checked_input(x: Tensor, options: Options, launch: dict[str, Any]) -> Tensor:
     """(N,) bool: the row is finite. Raises if an element of a finite row is out of bounds."""
     flags = torch.empty(len(x), dtype=torch.uint8, device=x.device)
     core.inspect(x, options.low, options.high, flags, **launch)
     outside = flags == core.INPUT_OUTSIDE
     if outside.any():
-        bad = x[outside]
-        raise ValueError(
-            f"x has values from {bad.min().item():.4g} to {bad.max().item():.4g}, outside bounds "
-            f"({options.low:g}, {options.high:g}), in {int(outside.sum())} of {len(x)} rows. The "
-            "usual cause is normalising before the model: put the normalisation inside the model, "
-            "as its first layer, and pass x unnormalised. If x has another range, pass "
-            "bounds=(low, high)"
-        )
+        raise bounds_error(x[outside], len(x), options)
     return flags != core.INPUT_NOT_FINITE
 
 
 def _for_core(logits: Tensor, x: Tensor) -> Tensor:
     """Detached logits in a dtype whose wide type is that of the search state."""
-    state = _WIDE[x.dtype]
+    state = WIDE[x.dtype]
     logits = logits.detach()
-    return logits if _WIDE.get(logits.dtype) == state else logits.to(state)
+    return logits if WIDE.get(logits.dtype) == state else logits.to(state)
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
