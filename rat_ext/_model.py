@@ -63,13 +63,16 @@ def check_device(model: Model, x: Tensor) -> None:
         )
 
 
-def warn_not_finite(radius: Tensor) -> None:
-    """One warning for all the rows whose radius is nan, if there are any."""
+def warn_not_finite(radius: Tensor, stacklevel: int) -> None:
+    """One warning for all the rows whose radius is nan, if there are any.
+
+    `stacklevel` is that of `warnings.warn`, counted from the caller.
+    """
     bad = int(radius.isnan().sum())
     if bad:
         warnings.warn(
             f"{bad} of {len(radius)} rows have inputs, logits or gradients that are not finite; "
             "their radius is nan",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=stacklevel + 1,
         )

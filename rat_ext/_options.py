@@ -93,6 +93,8 @@ class Options:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None")
         if not 1 <= probes <= MAX_PROBES:
             raise ValueError(f"probes is {probes}; it must be from 1 to {MAX_PROBES}")
+        if method == "fast":
+            probes = 1
         return cls(
             method, rtol, low, high, temperature, eps_max, batch_size, h, search == "bisect", probes
         )

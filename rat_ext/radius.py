@@ -181,7 +181,7 @@ def _radii(model: Model, x: Tensor, runs: Sequence[Options]) -> list[RadiusResul
                     search.brackets[~finite, _COLUMN["status"]] = core.NOT_FINITE
                 search.run(model, chunk)
         results = [search.result() for search in searches]
-    warn_not_finite(results[0].radius)
+    warn_not_finite(results[0].radius, stacklevel=3)
     return results
 
 

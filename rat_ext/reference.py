@@ -68,7 +68,7 @@ def robust_radius(
         with undisturbed(model, x.device):
             chunks = x.split(batch_size or len(x))
             result = concatenate([method_of[method](model, chunk, options) for chunk in chunks])
-    warn_not_finite(result.radius)
+    warn_not_finite(result.radius, stacklevel=2)
     return result if full else result.radius
 
 
