@@ -372,7 +372,6 @@ def _sklearn_metrics() -> ModuleType:
         from sklearn import metrics
     except ImportError as error:
         raise ImportError(
-            "AUROC, AUPR and FPR need scikit-learn: pip install scikit-learn, "
-            "or pip install 'rat-ext[demo]'"
+            "AUROC, AUPR and FPR need scikit-learn: pip install 'rat-ext[metrics]'"
         ) from error
     return metrics
