@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchmetrics import MetricCollection
@@ -44,6 +44,7 @@ def risks_of_all_tie_breaks(confidence, correct):
     return np.array(orders)
 
 
+@settings(deadline=None)
 @given(samples())
 def test_ties_are_the_mean_over_all_tie_breaks(data):
     confidence, correct = data
@@ -58,6 +59,7 @@ def test_ties_are_the_mean_over_all_tie_breaks(data):
         assert accuracy == pytest.approx(1 - risk[k - 1])
 
 
+@settings(deadline=None)
 @given(samples())
 def test_e_aurc_is_the_excess_over_the_best_of_all_orderings(data):
     confidence, correct = data
@@ -66,6 +68,7 @@ def test_e_aurc_is_the_excess_over_the_best_of_all_orderings(data):
     assert metrics.e_aurc(confidence, correct) == pytest.approx(excess, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(samples(max_size=12, both=True))
 def test_auroc_counts_a_tie_one_half(data):
     confidence, correct = data
@@ -74,6 +77,7 @@ def test_auroc_counts_a_tie_one_half(data):
     assert metrics.auroc(confidence, correct) == pytest.approx(wins.mean())
 
 
+@settings(deadline=None)
 @given(samples(st.floats(-1e3, 1e3), max_size=20, both=True))
 def test_ranks_give_what_scikit_learn_gives_on_the_confidences(data):
     confidence, correct = data
@@ -84,6 +88,7 @@ def test_ranks_give_what_scikit_learn_gives_on_the_confidences(data):
     assert metrics.aupr_error(confidence, correct) == error
 
 
+@settings(deadline=None)
 @given(samples(max_size=12, both=True), st.sampled_from([0.05, 0.5, 0.9, 0.95, 1.0]))
 def test_fpr_is_that_of_the_strictest_threshold_that_reaches_the_tpr(data, tpr):
     confidence, correct = data
@@ -98,6 +103,7 @@ def test_fpr_is_that_of_the_strictest_threshold_that_reaches_the_tpr(data, tpr):
         assert metrics.fpr_at_tpr(confidence, correct, tpr, positive=positive) == fpr
 
 
+@settings(deadline=None)
 @given(samples(max_size=12, both=True), st.randoms(use_true_random=False))
 def test_only_the_order_of_the_confidences_counts(data, random):
     confidence, correct = data
@@ -132,6 +138,7 @@ def test_a_perfect_and_the_worst_ordering():
     assert metrics.aurc(worst, correct) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
 
 
+@settings(deadline=None)
 @given(samples(max_size=12))
 def test_without_ties_the_trapezoid_is_the_integral_of_the_whole_curve(data):
     _, correct = data
