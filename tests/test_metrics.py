@@ -127,6 +127,11 @@ def test_a_constant_confidence_knows_nothing():
         assert metrics.accuracy_at_coverage(confidence, correct, 0.1) == pytest.approx(0.7)
 
 
+def test_fpr_at_a_threshold_on_a_straight_part_of_the_roc_curve():
+    confidence, correct = [2, 2, 1, 1, 0, 0], [1, 0, 1, 0, 1, 0]
+    assert metrics.fpr_at_tpr(confidence, correct, 0.5) == pytest.approx(2 / 3)
+
+
 def test_a_perfect_and_the_worst_ordering():
     correct = np.array([True, True, True, False])
     perfect, worst = np.array([4, 3, 2, 1]), np.array([1, 2, 3, 4])

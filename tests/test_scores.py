@@ -415,8 +415,9 @@ def test_scores_in_any_gradient_mode(name, mode):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_forward_rows_are_what_the_model_sees(name):
     model, score = Counting(), make(name)
-    score.score(model, inputs(40))
-    assert model.rows == pytest.approx(40 * score.forward_rows)
+    for batch in (inputs(40), inputs(10).flip(0)):
+        score.score(model, batch)
+    assert model.rows == pytest.approx(50 * score.forward_rows)
     gradient = name in ("odin", "doctor-alpha", "doctor-beta", "rr-bs", "rr-fast")
     assert score.backward_rows == gradient
 
