@@ -5,7 +5,7 @@
 Misclassification Detection Ability without Extra Data" (arXiv 2503.14783).
 """
 
-from . import reference
+from . import metrics, radius_scores, reference, scores
 from ._build import BuildInfo, __version__, build_info
 from .loss import RATLoss, RATLossOutput
 from .radius import (
@@ -25,8 +25,11 @@ __all__ = [
     "SearchReport",
     "__version__",
     "build_info",
+    "metrics",
+    "radius_scores",
     "reference",
     "robust_radii",
     "robust_radius",
+    "scores",
     "temperature_sweep",
 ]

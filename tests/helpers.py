@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class RowExact(nn.Module):
-    """A smooth classifier whose result for a row does not depend on the batch around it, to the bit.
+    """A smooth classifier whose result for a row does not depend on the rest of the batch.
 
-    (Matrix products may round differently for batches of different sizes.)
+    Not even to the bit, unlike matrix products, whose rounding may depend on the batch size.
     """
 
     def __init__(self, features: int = 12, classes: int = 4, seed: int = 0) -> None:

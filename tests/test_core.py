@@ -255,7 +255,7 @@ def test_the_bindings_check_what_they_are_given():
         perturb(index=index.long().int()[:, None])
     with pytest.raises(ValueError, match="out must have the dtype of x and one row per probe"):
         perturb(out=torch.empty(3, 3, 4, 4))
-    with pytest.raises(ValueError, match="has dtype torch.complex64, which the core does not know"):
+    with pytest.raises(ValueError, match=r"dtype .*complex64, which the core"):
         perturb(x=x.to(torch.complex64))
     with pytest.raises(ValueError, match="gaps must have the dtype of brackets"):
         core.State(
