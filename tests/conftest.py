@@ -1,0 +1,18 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of models and data that are not in the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    path = Path(os.environ.get("RAT_EXT_SHARED", beside))
+    if not (path / "models").is_dir():
+        pytest.skip(f"{path} has no models: set RAT_EXT_SHARED to the folder of shared data")
+    return path

@@ -1,0 +1,133 @@
+"""Models by name, and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rat_ext import datasets, models
+
+
+@pytest.mark.parametrize(("depth", "accuracy"), [(20, 0.879), (56, 0.896)])
+def test_shared_checkpoints_load_and_classify(shared: Path, depth: int, accuracy: float) -> None:
+    model = models.create(f"resnet{depth}")
+    models.load_weights(model, shared / f"models/cifar10-jpeg-resnet{depth}.pt")
+    x, target = datasets.jpeg_archive(shared / "data/cifar10-jpeg-test.npz", 400)[:]
+    with torch.inference_mode():
+        correct = model.eval()(x).argmax(1) == target
+    assert correct.double().mean() == pytest.approx(accuracy, abs=0.05)  # 3 standard errors
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),  # of He et al. 2016, table 6, and Zagoruyko and Komodakis 2016, table 5
+    [("resnet20", 0.27), ("resnet56", 0.85), ("resnet110", 1.7), ("wrn-28-10", 36.5)],
+)
+def test_built_in_networks_have_the_published_size(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        model = models.create(name)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_logits_of_any_batch_and_number_of_classes(name: str) -> None:
+    if name == "wrn-28-10":
+        model = models.Normalized(models.WideResNet(10, 1, 7), *[(0.5,) * 3] * 2)
+    else:
+        model = models.create(name, 7)
+    shape = (1, 8, 8) if name == "digits-cnn" else (3, 32, 32)
+    assert model(torch.rand(2, *shape)).shape == (2, 7)
+
+
+def test_normalisation_is_inside_and_saved() -> None:
+    model = models.Normalized(nn.Flatten(), (0.5, 0.25), (0.5, 0.25))
+    logits = model(torch.tensor([[[[1.0]], [[0.0]]]]))
+    assert torch.equal(logits, torch.tensor([[1.0, -1.0]]))
+    assert set(model.state_dict()) == {"mean", "std"}
+
+
+def test_torchvision_models_by_name() -> None:
+    pytest.importorskip("torchvision")
+    model = models.create("torchvision:resnet18", 5).eval()
+    assert model(torch.rand(1, 3, 32, 32)).shape == (1, 5)
+    assert model.mean.flatten().tolist() == pytest.approx(models.IMAGENET_MEAN)
+    with pytest.raises(ValueError, match="torchvision has no classifier named 'resnet19'"):
+        models.create("torchvision:resnet19")
+
+
+def test_user_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_abc.py").write_text(
+        "import torch\ndef net(classes): return torch.nn.Linear(4, classes)\n"
+        "def no_net(classes): return classes\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert models.create("mine_abc:net", 3)(torch.rand(2, 4)).shape == (2, 3)
+    with pytest.raises(ValueError, match="returned a int; expected"):
+        models.create("mine_abc:no_net")
+    with pytest.raises(ValueError, match="cannot import the model mine_abc:absent"):
+        models.create("mine_abc:absent")
+
+
+def test_errors_of_create() -> None:
+    with pytest.raises(ValueError, match="no model is named 'resnet21'; there are digits-cnn"):
+        models.create("resnet21")
+    with pytest.raises(ValueError, match="load a checkpoint instead"):
+        models.create("resnet20", pretrained=True)
+    with pytest.raises(ValueError, match=r"depth is 21; it must be 6 n \+ 2"):
+        models.CifarResNet(21)
+
+
+def wrapped(state: dict, layout: str) -> dict:
+    if layout == "state_dict":
+        return {"state_dict": state, "epoch": 3}
+    if layout == "parallel":
+        return {"model": {f"module.{key}": value for key, value in state.items()}}
+    if layout == "compiled":
+        return {f"module._orig_mod.{key}": value for key, value in state.items()}
+    if layout == "bare network":
+        return {key[2:]: value for key, value in state.items() if key.startswith("m.")}
+    return state
+
+
+@pytest.mark.parametrize(
+    "layout", ["plain", "state_dict", "parallel", "compiled", "bare network", "safetensors"]
+)
+def test_common_checkpoint_layouts(tmp_path: Path, layout: str) -> None:
+    source, model = models.create("digits-cnn"), models.create("digits-cnn")
+    path = tmp_path / "weights.pt"
+    if layout == "safetensors":
+        path = path.with_suffix(".safetensors")
+        pytest.importorskip("safetensors.torch").save_file(source.state_dict(), path)
+    else:
+        torch.save(wrapped(source.state_dict(), layout), path)
+    models.load_weights(model, path)
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(model(x), source(x))
+
+
+def test_errors_of_load_weights(tmp_path: Path) -> None:
+    model, path = models.create("digits-cnn"), tmp_path / "weights.pt"
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        models.load_weights(model, path)
+    path.write_text("no checkpoint")
+    with pytest.raises(ValueError, match="is not a checkpoint of tensors alone"):
+        models.load_weights(model, path)
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(ValueError, match="holds no state dict"):
+        models.load_weights(model, path)
+    torch.save(models.create("resnet20").state_dict(), path)
+    with pytest.raises(ValueError, match=r"does not fit DigitsCNN: \d+ keys .* missing, \d+ keys"):
+        models.load_weights(model, path)
+    torch.save(models.create("digits-cnn", 3).state_dict(), path)
+    with pytest.raises(ValueError, match="size mismatch"):
+        models.load_weights(model, path)
+
+
+def test_no_code_is_run_from_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(models.create("digits-cnn"), path)  # a pickled module: its class would be imported
+    with pytest.raises(ValueError, match="is not a checkpoint of tensors alone"):
+        models.load_weights(models.create("digits-cnn"), path)
