@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 
 @dataclass(frozen=True)
@@ -116,3 +116,13 @@ def jpeg_archive(path: str | Path, limit: int | None = None) -> Images:
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     targets = torch.from_numpy(labels[:count].astype(np.int64))
     return Images(pixels, targets, tuple(map(str, classes)))
+
+
+def batches(
+    data: Dataset, index: Sequence[Sequence[int]], workers: int, device: torch.device
+) -> DataLoader:
+    """Loads the batches of these indices, in this order, for a model on the device."""
+    common: dict[str, Any] = {"num_workers": workers, "pin_memory": device.type == "cuda"}
+    if isinstance(data, Images):  # takes a list of indices: no collating of single samples
+        return DataLoader(data, sampler=index, batch_size=None, **common)
+    return DataLoader(data, batch_sampler=index, **common)

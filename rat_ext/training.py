@@ -1,0 +1,380 @@
+"""Training with plain cross-entropy or with the RAT loss: one loop for both.
+
+Plain torch: with DistributedDataParallel the loop is short, and Fabric or Accelerate would save a
+dozen lines of it for one more dependency. Under torchrun every process calls `train` with the same
+arguments, after ``torch.distributed.init_process_group``.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
+
+from ._model import logits_of
+from .datasets import batches
+from .loss import RATLoss
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The learning rate warms up linearly, then falls to 0 along a cosine.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    loss: str = "rat"
+    """"rat", or "ce" for plain cross-entropy."""
+    eps: float = 1e-3
+    """Size of the RAT perturbation, in the units of pixels in [0, 1]."""
+    lam: float = 1.0
+    """Weight of the RAT loss's perturbed term."""
+    steps: int = 1
+    """Steps of the RAT loss's inner loop: 1 for FGSM, more for PGD."""
+    epochs: int = 100
+    batch_size: int = 128
+    """Of all processes together. The last, incomplete batch of an epoch is left out."""
+    optimizer: str = "sgd"
+    """"sgd" (with Nesterov momentum) or "adamw"."""
+    lr: float = 0.1
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 5e-4
+    warmup: int = 0
+    """Epochs in which the learning rate rises."""
+    augment: str = "none"
+    """"crop" (shifted by up to an eighth of the height, zeros beyond the edge), "crop-flip" (also
+    flipped left to right), or "none"."""
+    mixup: float = 0.0
+    """Mixup (Zhang et al., ICLR 2018) with weights from Beta(mixup, mixup); 0 for none."""
+    mixup_off: int = 0
+    """Last epochs without mixup."""
+    bf16: bool = False
+    """Autocast to bfloat16."""
+    ema: float = 0.0
+    """Decay of the exponential moving average of the weights that is returned; 0 for none."""
+    seed: int = 0
+    """Of the order of the samples, augmentation, mixup and dropout. Not of the initial weights."""
+
+    def __post_init__(self) -> None:
+        choices = {"loss": ("ce", "rat"), "optimizer": ("sgd", "adamw"), "augment": tuple(_AUGMENT)}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                known = " or ".join(map(repr, allowed))
+                raise ValueError(f"{name} is {value!r}; expected {known}")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("warmup", 0), ("mixup_off", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}; it must be positive")
+        for name in ("momentum", "ema"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}; it must be from 0 to below 1")
+        for name in ("weight_decay", "mixup"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} is {value}; it must not be negative")
+        self.criterion()
+
+    def criterion(self) -> RATLoss:
+        """The RAT loss of this recipe."""
+        return RATLoss(self.eps, self.lam, steps=self.steps)
+
+
+class Trained(NamedTuple):
+    """What `train` returns."""
+
+    model: nn.Module
+    """The model that was given, with its final weights (the averaged ones with ``ema``)."""
+    history: list[dict[str, float]]
+    """For each epoch: epoch, lr, loss and accuracy (on what was trained on: mixed and augmented),
+    and validation_accuracy."""
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    validation: Dataset | None = None,
+    out: str | Path | None = None,
+    workers: int = 0,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> Trained:
+    """Train a classifier of pixels in [0, 1], in place, on the device that it is on.
+
+    With ``out`` each epoch ends with a checkpoint, and a call with the same recipe goes on from the
+    last one; the result is that of a run which was not interrupted, bit for bit where the device's
+    kernels are deterministic. The global random state is left as it was.
+
+    Args:
+        model: from (N, C, H, W) pixels to (N, classes) logits, with its normalisation inside.
+        data: gives (pixels, class) pairs, and has ``classes``, such as `datasets.Images`.
+        recipe: how to train.
+        validation: to report accuracy on, each epoch.
+        out: folder for last.pt (the checkpoint) and history.csv.
+        workers: processes that load data; for data sets that decode files.
+        tensorboard: also log to ``out``/tensorboard.
+        progress: show a tqdm bar on standard error.
+
+    Raises:
+        ValueError: ``out`` has a checkpoint of another recipe; the batch cannot be shared equally.
+        FloatingPointError: the loss is not finite. The last checkpoint is kept.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if recipe.batch_size % world:
+        raise ValueError(f"batch_size is {recipe.batch_size}; {world} processes cannot share it")
+    if tensorboard and out is None:
+        raise ValueError("tensorboard needs the folder out to log to")
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        run = _Run(model, data, recipe, device, rank, world)
+        checkpoint = Path(out) / "last.pt" if out is not None else None
+        if checkpoint is not None and checkpoint.exists():
+            run.restore(checkpoint)
+        writer = _tensorboard_writer(checkpoint.parent, run.epoch) if tensorboard else None
+        with _bar(run, progress and rank == 0) as bar:
+            while run.epoch < recipe.epochs:
+                row = run.train_epoch(workers, bar)
+                if validation is not None:
+                    row["validation_accuracy"] = run.accuracy(validation, workers)
+                run.history.append(row)
+                bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "epoch"})
+                if checkpoint is not None and rank == 0:
+                    run.save(checkpoint)
+                if writer is not None and rank == 0:
+                    for name, value in row.items():
+                        writer.add_scalar(name, value, int(row["epoch"]))
+        if writer is not None:
+            writer.close()
+        if run.ema is not None:
+            model.load_state_dict(run.ema.module.state_dict())
+    return Trained(model.eval(), run.history)
+
+
+class _Run:
+    """The state of a training run: all that a checkpoint has to hold."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Dataset,
+        recipe: Recipe,
+        device: torch.device,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.model, self.data, self.recipe, self.device = model, data, recipe, device
+        self.rank, self.world = rank, world
+        self.epoch, self.history = 0, []
+        self.batch_size = min(recipe.batch_size, len(data) // world * world)
+        self.batches_per_epoch = len(data) // self.batch_size
+        self.parallel = model
+        if world > 1:
+            # Two forwards before a backward must not find the buffers overwritten by a broadcast.
+            self.parallel = DistributedDataParallel(
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+            )
+        settings: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        if recipe.optimizer == "sgd":
+            settings |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
+        optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[recipe.optimizer]
+        self.optimizer = optimizer(model.parameters(), **settings)
+        self.ema = None
+        if recipe.ema:
+            average = get_ema_multi_avg_fn(recipe.ema)
+            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.criterion = recipe.criterion()
+
+    def train_epoch(self, workers: int, bar: Any) -> dict[str, float]:
+        """One epoch, whose random numbers depend on the recipe's seed and the epoch alone."""
+        seed = self.recipe.seed * 1_000_003 + self.epoch
+        torch.manual_seed(seed * 1009 + self.rank)  # of dropout and mixup
+        common = torch.Generator(self.device).manual_seed(seed)  # the same in all processes
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
+        whole = order[: self.batches_per_epoch * self.batch_size].view(-1, self.batch_size)
+        share = slice(self.rank, None, self.world)
+        loader = batches(self.data, whole[:, share].tolist(), workers, self.device)
+
+        self.parallel.train()
+        totals = torch.zeros(3, device=self.device)  # loss, right ones, samples
+        for step, (x, t) in enumerate(loader):
+            lr = self.learning_rate(self.epoch * self.batches_per_epoch + step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            x, t = x.to(self.device, non_blocking=True), t.to(self.device, non_blocking=True)
+            x = _AUGMENT[self.recipe.augment](x, common, self.world, share)
+            if self.recipe.mixup and self.epoch < self.recipe.epochs - self.recipe.mixup_off:
+                x, t = _mixed(x, t, self.recipe.mixup, len(self.data.classes))
+            self.optimizer.zero_grad()
+            loss, logits = self._loss(x, t)
+            loss.backward()
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
+            target = t if t.ndim == 1 else t.argmax(1)
+            right = (logits.argmax(1) == target).sum()
+            totals += torch.stack([loss.detach() * len(x), right, right.new_tensor(len(x))])
+            bar.update()
+        self._average_buffers()
+        loss, right, samples = self._summed(totals)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} in epoch {self.epoch + 1}; lower lr (now {self.recipe.lr}) or "
+                "use warmup"
+            )
+        self.epoch += 1
+        return {"epoch": self.epoch, "lr": lr, "loss": loss / samples, "accuracy": right / samples}
+
+    def _loss(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            if self.recipe.loss == "rat":
+                output = self.criterion(self.parallel, x, t)
+                return output.loss, output.logits
+            logits = logits_of(self.parallel(x), len(x))
+            return F.cross_entropy(logits.float(), t), logits.detach()
+
+    def learning_rate(self, step: int) -> float:
+        """Of the step with this number, from 0."""
+        warmup = self.recipe.warmup * self.batches_per_epoch
+        if step < warmup:
+            return self.recipe.lr * (step + 1) / (warmup + 1)
+        falling = self.recipe.epochs * self.batches_per_epoch - warmup
+        return self.recipe.lr * (1 + math.cos(math.pi * (step - warmup) / falling)) / 2
+
+    @torch.no_grad()
+    def accuracy(self, data: Dataset, workers: int) -> float:
+        """Of the model that would be returned now."""
+        model = (self.model if self.ema is None else self.ema.module).eval()
+        index = torch.arange(self.rank, len(data), self.world)
+        loader = batches(data, [part.tolist() for part in index.split(512)], workers, self.device)
+        totals = torch.zeros(2, device=self.device)
+        for x, t in loader:
+            right = logits_of(model(x.to(self.device)), len(x)).argmax(1) == t.to(self.device)
+            totals += torch.stack([right.sum(), right.sum().new_tensor(len(x))])
+        right, samples = self._summed(totals)
+        return right / samples
+
+    def _summed(self, totals: Tensor) -> list[float]:
+        totals = totals.double()
+        if self.world > 1:
+            dist.all_reduce(totals)
+        return totals.tolist()
+
+    def _average_buffers(self) -> None:
+        """Give all processes the same batch normalisation."""
+        if self.world > 1:
+            for buffer in self.model.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.world
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "recipe": asdict(self.recipe),
+            "epoch": self.epoch,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+        replace(path, lambda temporary: torch.save(state, temporary))
+        replace(path.with_name("history.csv"), self._write_history)
+
+    def _write_history(self, path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.history[0].keys())
+            writer.writeheader()
+            writer.writerows(self.history)
+
+    def restore(self, path: Path) -> None:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        mine = asdict(self.recipe)
+        if changed := [name for name in mine if mine[name] != state["recipe"].get(name)]:
+            what = ", ".join(f"{n} was {state['recipe'].get(n)}, is {mine[n]}" for n in changed)
+            raise ValueError(
+                f"{path} is of another recipe ({what}); use the same, or another output folder"
+            )
+        self.epoch, self.history = state["epoch"], state["history"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is never seen half written, also if the writer is killed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _bar(run: _Run, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        desc=f"train ({run.recipe.loss})",
+        unit="batch",
+        initial=run.epoch * run.batches_per_epoch,
+        total=run.recipe.epochs * run.batches_per_epoch,
+        disable=not shown,
+    )
+
+
+def _tensorboard_writer(out: Path, epoch: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("the logs need TensorBoard: pip install tensorboard") from error
+    return SummaryWriter(str(out / "tensorboard"), purge_step=epoch + 1)
+
+
+def _unchanged(x: Tensor, *_: Any) -> Tensor:
+    return x
+
+
+def _crop(x: Tensor, generator: torch.Generator, world: int, share: slice) -> Tensor:
+    n, channels, height, width = x.shape
+    device, margin = x.device, height // 8
+    # Drawn for the batch of all processes, so that their number does not change what is learnt.
+    shift = torch.randint(2 * margin + 1, (2, n * world), device=device, generator=generator)
+    top, left = shift[:, share].view(2, n, 1, 1, 1)
+    samples = torch.arange(n, device=device).view(n, 1, 1, 1)
+    planes = torch.arange(channels, device=device).view(1, channels, 1, 1)
+    rows = top + torch.arange(height, device=device).view(1, 1, height, 1)
+    columns = left + torch.arange(width, device=device).view(1, 1, 1, width)
+    return F.pad(x, [margin] * 4)[samples, planes, rows, columns]
+
+
+def _crop_flip(x: Tensor, generator: torch.Generator, world: int, share: slice) -> Tensor:
+    x = _crop(x, generator, world, share)
+    coin = torch.rand(len(x) * world, device=x.device, generator=generator)[share]
+    return torch.where(coin.view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
+
+
+_AUGMENT = {"none": _unchanged, "crop": _crop, "crop-flip": _crop_flip}
+
+
+def _mixed(x: Tensor, t: Tensor, alpha: float, classes: int) -> tuple[Tensor, Tensor]:
+    """The batch mixed with itself in another order, and its class probabilities."""
+    weight = float(torch.distributions.Beta(alpha, alpha).sample())
+    order = torch.randperm(len(x), device=x.device)
+    onehot = F.one_hot(t, classes).to(x.dtype)
+    # Rounding may leave the bounds of the pixels, which the RAT loss checks.
+    return torch.lerp(x[order], x, weight).clamp_(0, 1), torch.lerp(onehot[order], onehot, weight)
