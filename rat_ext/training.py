@@ -8,6 +8,7 @@ arguments, after ``torch.distributed.init_process_group``.
 from __future__ import annotations
 
 import csv
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -184,12 +185,7 @@ class _Run:
         self.batches_per_epoch = len(data) // self.batch_size
         self.parallel = model
         if world > 1:
-            # Two forwards before a backward must not find the buffers overwritten by a broadcast.
-            self.parallel = DistributedDataParallel(
-                model,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-            )
+            self.parallel = _parallel(model, device)
         settings: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
         if recipe.optimizer == "sgd":
             settings |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
@@ -323,6 +319,15 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     os.replace(temporary, path)
+
+
+def _parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    # Without sending buffers around in each forward: the RAT loss has two of them before it goes
+    # backward, which must not find the buffers of the first overwritten.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, **{name: False})
 
 
 def _bar(run: _Run, shown: bool) -> Any:
