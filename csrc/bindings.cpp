@@ -61,6 +61,11 @@ Tensor read(const py::handle& tensor, const char* name) {
   return t;
 }
 
+std::optional<Tensor> read_optional(const py::handle& tensor, const char* name) {
+  if (tensor.is_none()) return std::nullopt;
+  return read(tensor, name);
+}
+
 RowsView rows_view(const Tensor& t) {
   // Walk the inner dimensions from the smallest stride: a dense block leaves no gap.
   std::vector<size_t> order;
@@ -88,7 +93,18 @@ RowIndex row_index(const Tensor& t) {
   if (t.dtype != DType::kInt32 || t.sizes.size() != 1 || (t.sizes[0] > 1 && t.strides[0] != 1)) {
     fail(t.name, "must be a contiguous int32 vector");
   }
-  return {static_cast<const int32_t*>(t.data), t.sizes[0]};
+  return {static_cast<const int32_t*>(t.data), t.sizes[0], nullptr};
+}
+
+// The first entries of `index`, as many as the tensor `active_count` says.
+RowIndex row_index(const Tensor& index, const std::optional<Tensor>& active_count) {
+  RowIndex rows = row_index(index);
+  if (active_count) {
+    const RowIndex number = row_index(*active_count);
+    if (number.count != 1) fail(active_count->name, "must have one element");
+    rows.active = number.data;
+  }
+  return rows;
 }
 
 void require(bool condition, const Tensor& t, const char* what) {
@@ -251,11 +267,13 @@ void aim(py::object gradient_, py::object x_, py::object direction_, double low,
 }
 
 void perturb(py::object x_, py::object direction_, py::object index_, py::object probes_,
-             double low, double high, py::object out_, int threads, Stream stream) {
+             double low, double high, py::object out_, py::object active_count_, int threads,
+             Stream stream) {
   const Tensor x = read(x_, "x"), direction = read(direction_, "direction"),
                index = read(index_, "index"), probes = read(probes_, "probes"),
                out = read(out_, "out");
-  const RowIndex rows = row_index(index);
+  const std::optional<Tensor> active_count = read_optional(active_count_, "active_count");
+  const RowIndex rows = row_index(index, active_count);
   const MatrixView radii = matrix_view(probes);
   require(direction.dtype == DType::kInt8 && direction.rows() == x.rows(), direction,
           "must be int8 with the rows of x");
@@ -266,40 +284,47 @@ void perturb(py::object x_, py::object direction_, py::object index_, py::object
   require_same_layout(out, x);
   const RowsView from = rows_view(x), d = rows_view(direction), to = rows_view(out);
   const Bounds bounds{low, high};
-  RAT_RUN(Place(threads, stream, {&x, &direction, &index, &probes, &out}), perturb, from, d, rows,
-          radii, bounds, to);
+  const Tensor& number = active_count ? *active_count : index;
+  RAT_RUN(Place(threads, stream, {&x, &direction, &index, &number, &probes, &out}), perturb, from,
+          d, rows, radii, bounds, to);
 }
 
-void advance(py::object logits_, py::object index_, const PyState& state, int threads,
-             Stream stream) {
+void advance(py::object logits_, py::object index_, const PyState& state, py::object active_count_,
+             int threads, Stream stream) {
   const Tensor logits = read(logits_, "logits"), index = read(index_, "index");
-  const RowIndex rows = row_index(index);
+  const std::optional<Tensor> active_count = read_optional(active_count_, "active_count");
+  const RowIndex rows = row_index(index, active_count);
   require_logits(logits, state, rows.count * state.state().params.probes);
   const MatrixView z = matrix_view(logits);
-  RAT_RUN(Place(threads, stream, {&logits, &index, &state.brackets()}), advance, z, rows,
+  const Tensor& number = active_count ? *active_count : index;
+  RAT_RUN(Place(threads, stream, {&logits, &index, &number, &state.brackets()}), advance, z, rows,
           state.state());
 }
 
-void extrapolate(py::object logits_, py::object index_, double h, const PyState& state, int threads,
-                 Stream stream) {
+void extrapolate(py::object logits_, py::object index_, double h, const PyState& state,
+                 py::object active_count_, int threads, Stream stream) {
   const Tensor logits = read(logits_, "logits"), index = read(index_, "index");
-  const RowIndex rows = row_index(index);
+  const std::optional<Tensor> active_count = read_optional(active_count_, "active_count");
+  const RowIndex rows = row_index(index, active_count);
   require_logits(logits, state, rows.count);
   const MatrixView z = matrix_view(logits);
-  RAT_RUN(Place(threads, stream, {&logits, &index, &state.brackets()}), extrapolate, z, rows, h,
-          state.state());
+  const Tensor& number = active_count ? *active_count : index;
+  RAT_RUN(Place(threads, stream, {&logits, &index, &number, &state.brackets()}), extrapolate, z,
+          rows, h, state.state());
 }
 
 void compact(py::object index_, const PyState& state, py::object active_, py::object count_,
-             int threads, Stream stream) {
+             py::object active_count_, int threads, Stream stream) {
   const Tensor index = read(index_, "index"), active = read(active_, "active"),
                count = read(count_, "count");
-  const RowIndex rows = row_index(index);
+  const std::optional<Tensor> active_count = read_optional(active_count_, "active_count");
+  const RowIndex rows = row_index(index, active_count);
   require(row_index(active).count >= rows.count, active, "must have room for every row");
   require(row_index(count).count == 1, count, "must have one element");
   auto* kept = static_cast<int32_t*>(active.data);
   auto* number = static_cast<int32_t*>(count.data);
-  RAT_RUN(Place(threads, stream, {&index, &active, &count, &state.brackets()}), compact, rows,
+  const Tensor& old = active_count ? *active_count : index;
+  RAT_RUN(Place(threads, stream, {&index, &active, &count, &old, &state.brackets()}), compact, rows,
           state.state().brackets, kept, number);
 }
 
@@ -330,7 +355,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("BUILD_COMPILER") = RAT_EXT_COMPILER;
   m.attr("BUILD_TYPE") = RAT_EXT_BUILD_TYPE;
 
-  py::class_<rat::PyState>(m, "State")
+  py::class_<rat::PyState>(m, "State", py::module_local())
       .def(py::init<py::object, py::object, py::object, double, double, double, double, bool>(),
            "brackets"_a, "gaps"_a, "probes"_a, py::kw_only(), "rtol"_a, "eps_max"_a, "eps_min"_a,
            "temperature"_a, "bisect"_a)
@@ -338,13 +363,16 @@ PYBIND11_MODULE(_C, m) {
 
   const auto threads = "threads"_a = 1;
   const auto stream = "stream"_a = py::none();
+  const auto active = "active_count"_a = py::none();
   m.def("inspect", &rat::inspect, "x"_a, "low"_a, "high"_a, "flags"_a, threads, stream);
   m.def("start", &rat::start, "logits"_a, "seed"_a, "state"_a, "begin"_a, threads, stream);
   m.def("aim", &rat::aim, "gradient"_a, "x"_a, "direction"_a, "low"_a, "high"_a, "state"_a,
         "begin"_a, threads, stream);
   m.def("perturb", &rat::perturb, "x"_a, "direction"_a, "index"_a, "probes"_a, "low"_a, "high"_a,
-        "out"_a, threads, stream);
-  m.def("advance", &rat::advance, "logits"_a, "index"_a, "state"_a, threads, stream);
-  m.def("extrapolate", &rat::extrapolate, "logits"_a, "index"_a, "h"_a, "state"_a, threads, stream);
-  m.def("compact", &rat::compact, "index"_a, "state"_a, "active"_a, "count"_a, threads, stream);
+        "out"_a, active, threads, stream);
+  m.def("advance", &rat::advance, "logits"_a, "index"_a, "state"_a, active, threads, stream);
+  m.def("extrapolate", &rat::extrapolate, "logits"_a, "index"_a, "h"_a, "state"_a, active, threads,
+        stream);
+  m.def("compact", &rat::compact, "index"_a, "state"_a, "active"_a, "count"_a, active, threads,
+        stream);
 }

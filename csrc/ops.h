@@ -42,6 +42,11 @@ struct State {
 struct RowIndex {
   const int32_t* data;
   int64_t count;
+  // Where the number of entries that count is kept, if it is known only on the device (a captured
+  // graph cannot know it): entries beyond it are left alone. Null: all count.
+  const int32_t* active;
+
+  RAT_HD int64_t size() const { return active != nullptr && *active < count ? *active : count; }
 };
 
 enum InputFlag : uint8_t { kInputNotFinite = 1, kInputOutside = 2 };

@@ -89,7 +89,7 @@ void perturb(int threads, RowsView x, RowsView direction, RowIndex index, Matrix
     const T low = static_cast<T>(bounds.low), high = static_cast<T>(bounds.high);
     with_element_type<T>(x.dtype, [&](auto tag) {
       using S = typename decltype(tag)::type;
-      for_rows(threads, index.count * probes.columns, x.elements, [&](int64_t i) {
+      for_rows(threads, index.size() * probes.columns, x.elements, [&](int64_t i) {
         const int64_t row = index.data[i / probes.columns];
         const T radius = probes.row<T>(row)[(i % probes.columns) * probes.column_stride];
         const S* from = x.row<S>(row);
@@ -109,7 +109,7 @@ void advance(int threads, MatrixView logits, RowIndex index, const State& state)
     const SearchParams<T> params = state.typed_params<T>();
     with_element_type<T>(logits.dtype, [&](auto tag) {
       using L = typename decltype(tag)::type;
-      for_rows(threads, index.count, logits.columns * 64 * params.probes, [&](int64_t i) {
+      for_rows(threads, index.size(), logits.columns * 64 * params.probes, [&](int64_t i) {
         state.search<T>(index.data[i], params)
             .round(SerialTeam{},
                    LogitRow<L>{logits.row<L>(i * params.probes), logits.column_stride},
@@ -125,7 +125,7 @@ void extrapolate(int threads, MatrixView logits, RowIndex index, double h, const
     const SearchParams<T> params = state.typed_params<T>();
     with_element_type<T>(logits.dtype, [&](auto tag) {
       using L = typename decltype(tag)::type;
-      for_rows(threads, index.count, logits.columns * 16, [&](int64_t i) {
+      for_rows(threads, index.size(), logits.columns * 16, [&](int64_t i) {
         state.search<T>(index.data[i], params)
             .extrapolate(SerialTeam{}, static_cast<T>(h),
                          LogitRow<L>{logits.row<L>(i), logits.column_stride});
@@ -137,8 +137,9 @@ void extrapolate(int threads, MatrixView logits, RowIndex index, double h, const
 void compact(int, RowIndex index, MatrixView brackets, int32_t* active, int32_t* count) {
   with_state_type(brackets.dtype, [&](auto state_tag) {
     using T = typename decltype(state_tag)::type;
+    const int64_t rows = index.size();
     int32_t kept = 0;
-    for (int64_t i = 0; i < index.count; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       const auto* row = reinterpret_cast<const Bracket<T>*>(brackets.row<T>(index.data[i]));
       if (row->status == T(kActive)) active[kept++] = index.data[i];
     }
