@@ -29,10 +29,10 @@ struct MergeTopTwo {
   template <typename T>
   RAT_HD TopTwo<T> operator()(const TopTwo<T>& a, const TopTwo<T>& b) const {
     const bool b_wins = b.first > a.first || (b.first == a.first && b.index < a.index);
-    const TopTwo<T>& winner = b_wins ? b : a;
-    const TopTwo<T>& loser = b_wins ? a : b;
-    const T second = winner.second > loser.first ? winner.second : loser.first;
-    return {winner.first, second, winner.index, a.finite & b.finite};
+    // Field by field: a reference to the winner would put both in a GPU thread's local memory.
+    const T beaten = b_wins ? a.first : b.first, second = b_wins ? b.second : a.second;
+    return {b_wins ? b.first : a.first, second > beaten ? second : beaten,
+            b_wins ? b.index : a.index, a.finite & b.finite};
   }
 };
 
