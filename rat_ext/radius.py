@@ -169,65 +169,92 @@ def _radii(model: Model, x: Tensor, runs: Sequence[Options]) -> list[RadiusResul
         x = x.detach()
         if not len(x):
             return [RadiusResult.empty(x) for _ in runs]
-        x = _with_dense_rows(x)
-        launch = _launch_arguments(x)
-        finite = _checked_input(x, shared, launch)
+        x = with_dense_rows(x)
+        finite = checked_input(x, shared)
         check_device(model, x)
         chunk = min(shared.batch_size or len(x), len(x))
         with undisturbed(model, x.device):
-            searches = _rays(model, x, runs, chunk, launch)
+            searches = _rays(model, x, runs, chunk)
             for search in searches:
-                if not finite.all():
-                    search.brackets[~finite, _COLUMN["status"]] = core.NOT_FINITE
+                search.exclude(~finite)
                 search.run(model, chunk)
         results = [search.result() for search in searches]
     warn_not_finite(results[0].radius, stacklevel=3)
     return results
 
 
-def _rays(
-    model: Model, x: Tensor, runs: Sequence[Options], chunk: int, launch: dict[str, Any]
-) -> list[_Search]:
+def _rays(model: Model, x: Tensor, runs: Sequence[Options], chunk: int) -> list[Search]:
     """The searches of `runs`, each with its ray: one forward, and a backward for each run."""
-    searches: list[_Search] = []
+    searches: list[Search] = []
     for begin in range(0, len(x), chunk):
-        rows = x[begin : begin + chunk]
-        leaf = (rows.clone() if rows.is_inference() else rows.detach()).requires_grad_()
-        with torch.enable_grad():
-            logits = logits_of(model(leaf), len(leaf))
-        if not logits.requires_grad:
-            raise RuntimeError(
-                "the logits do not depend on the input through autograd, so there is no direction "
-                "to search in. Is the model's forward under no_grad, or does it detach?"
-            )
-        if logits.device != x.device:
-            raise ValueError(f"x is on {x.device} but the model returned logits on {logits.device}")
+        leaf, logits = differentiable_logits(model, x[begin : begin + chunk])
         if not searches:
-            searches = [_Search(x, logits.shape[1], run, launch) for run in runs]
-        values = _for_core(logits, x)
-        seed = torch.empty_like(values)
+            searches = [Search(x, logits.shape[1], run) for run in runs]
         for i, search in enumerate(searches):
-            core.start(values, seed, search.state, begin, **launch)
-            (gradient,) = torch.autograd.grad(
-                logits, leaf, seed.to(logits.dtype), retain_graph=i + 1 < len(searches)
-            )
-            search.aim(gradient, begin)
+            search.aim(leaf, logits, begin, retain_graph=i + 1 < len(searches))
     return searches
 
 
-class _Search:
+def differentiable_logits(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A leaf that shares x's memory, and the logits that depend on it through autograd."""
+    leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+    with torch.enable_grad():
+        logits = logits_of(model(leaf), len(leaf))
+    if not logits.requires_grad:
+        raise RuntimeError(
+            "the logits do not depend on the input through autograd, so there is no direction "
+            "to search in. Is the model's forward under no_grad, or does it detach?"
+        )
+    if logits.device != x.device:
+        raise ValueError(f"x is on {x.device} but the model returned logits on {logits.device}")
+    return leaf, logits
+
+
+class ActiveCount:
+    """Reads from the device how many rows are active.
+
+    On a GPU the number comes by an asynchronous copy to pinned memory, and the host waits for the
+    event behind it alone. In the first `sure` rounds no row can have settled (unless it is not
+    finite or cannot move), so `total` is returned at once, and the host runs ahead. Reading every
+    count one round late would spare the other waits too, of some microseconds each, but it costs
+    exactly one forward row more for every sample: the rows launched would be those that were active
+    a round before.
+    """
+
+    def __init__(self, device: torch.device, total: int = 0, sure: int = 0) -> None:
+        self.total, self.sure = total, sure
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            self.host = torch.empty(1, dtype=torch.int32, pin_memory=True)
+            self.event = torch.cuda.Event()
+
+    def __call__(self, count: Tensor) -> int:
+        """How many rows are active at most; never fewer than the (1,) int32 `count`."""
+        if not self.on_gpu:
+            return int(count)
+        if self.sure > 0:
+            self.sure -= 1
+            return self.total
+        self.host.copy_(count, non_blocking=True)
+        self.event.record(torch.cuda.current_stream(self.device))
+        self.event.synchronize()
+        return int(self.host)
+
+
+class Search:
     """The bracket searches of all rows of x on one set of rays."""
 
-    def __init__(self, x: Tensor, classes: int, options: Options, launch: dict[str, Any]) -> None:
-        self.x, self.options, self.launch = x, options, launch
+    def __init__(self, x: Tensor, classes: int, options: Options) -> None:
+        self.x, self.options = x, options
         n, dtype, device = len(x), WIDE[x.dtype], x.device
-        self.direction = _empty_rows_like(x, n, torch.int8)
+        self.direction = empty_rows_like(x, n, torch.int8)
         self.brackets = torch.empty(n, len(_COLUMN), dtype=dtype, device=device)
         self.probes = torch.empty(n, options.probes, dtype=dtype, device=device)
-        gaps = torch.empty(n, core.KNOTS * classes, dtype=dtype, device=device)
+        self.gaps = torch.empty(n, core.KNOTS * classes, dtype=dtype, device=device)
         self.state = core.State(
             self.brackets,
-            gaps,
+            self.gaps,
             self.probes,
             rtol=options.rtol,
             eps_max=options.eps_max,
@@ -236,43 +263,77 @@ class _Search:
             bisect=options.bisect,
         )
 
-    def aim(self, gradient: Tensor, begin: int) -> None:
-        """Take the ray of rows begin, begin + 1, ... from the gradient of the negated log-odds."""
-        rows = slice(begin, begin + len(gradient))
+    def aim(self, leaf: Tensor, logits: Tensor, begin: int = 0, retain_graph: bool = False) -> None:
+        """Take the ray of rows begin, begin + 1, ... from the logits of `leaf` and their graph."""
+        low, high = self.options.low, self.options.high
+        launch = launch_arguments(self.x)
+        values = for_core(logits, self.x)
+        seed = torch.empty_like(values)
+        core.start(values, seed, self.state, begin, **launch)
+        (gradient,) = torch.autograd.grad(
+            logits, leaf, seed.to(logits.dtype), retain_graph=retain_graph
+        )
+        rows = slice(begin, begin + len(leaf))
         x, direction = self.x[rows], self.direction[rows]
         if gradient.stride() != x.stride():
-            gradient = _empty_rows_like(x, len(x), x.dtype).copy_(gradient)
+            gradient = empty_rows_like(x, len(x), x.dtype).copy_(gradient)
+        core.aim(gradient, x, direction, low, high, self.state, begin, **launch)
+        if self.options.method == "fast":
+            self.probes[rows].fill_(self.options.h)
+
+    def exclude(self, rows: Tensor) -> None:
+        """Give up the first len(rows) rows where the (...,) bool `rows` is True."""
+        self.column("status")[: len(rows)].masked_fill_(rows, core.NOT_FINITE)
+
+    def compact(self, index: Tensor, count: Tensor) -> None:
+        """Move the active ones of the first `count` rows in `index` to its front; update count."""
+        core.compact(index, self.state, index, count, count, **launch_arguments(self.x))
+
+    def step(self, model: Model, index: Tensor, points: Tensor, count: Tensor) -> None:
+        """Probe the rows in `index`; those beyond the (1,) int32 `count` do not change."""
+        logits = self.logits_at(model, index, self.probes, points, count)
+        launch = launch_arguments(self.x)
+        if self.options.method == "fast":
+            core.extrapolate(logits, index, self.options.h, self.state, count, **launch)
+        else:
+            core.advance(logits, index, self.state, count, **launch)
+
+    def logits_at(
+        self, model: Model, index: Tensor, radii: Tensor, points: Tensor, count: Tensor
+    ) -> Tensor:
+        """Logits of the rows in `index` at each of their `radii`; `points` is room for them."""
         low, high = self.options.low, self.options.high
-        core.aim(gradient, x, direction, low, high, self.state, begin, **self.launch)
+        points = points[: len(index) * radii.shape[1]]
+        launch = launch_arguments(self.x)
+        core.perturb(self.x, self.direction, index, radii, low, high, points, count, **launch)
+        return for_core(logits_of(model(points), len(points)), self.x)
 
     def run(self, model: Model, chunk: int) -> None:
         """Probe until no row is active. Finished rows leave the batch, and waiting ones fill it."""
         n, device = len(self.x), self.x.device
-        active = torch.arange(n, dtype=torch.int32, device=device)
-        count = torch.empty(1, dtype=torch.int32, device=device)
-        if self.options.method == "fast":
-            self.probes.fill_(self.options.h)
+        index = torch.arange(n, dtype=torch.int32, device=device)
+        count = torch.full((1,), n, dtype=torch.int32, device=device)
+        # One probe a round brackets the flip from one side only.
+        brackets_slowly = self.options.method == "bs" and self.options.probes == 1
+        active = ActiveCount(device, total=n, sure=2 if brackets_slowly else 1)
         rows = max(1, chunk // self.options.probes)
-        points = _empty_rows_like(self.x, rows * self.options.probes, self.x.dtype)
+        points = empty_rows_like(self.x, rows * self.options.probes, self.x.dtype)
         while True:
-            core.compact(active, self.state, active, count, **self.launch)
-            active = active[: int(count)]
-            if not len(active):
+            self.compact(index, count)
+            index = index[: active(count)]
+            if not len(index):
                 return
-            for index in active.split(rows):
-                logits = self._probe(model, index, points[: len(index) * self.options.probes])
-                if self.options.method == "fast":
-                    core.extrapolate(logits, index, self.options.h, self.state, **self.launch)
-                else:
-                    core.advance(logits, index, self.state, **self.launch)
+            for i, part in enumerate(index.split(rows)):
+                left = count if i == 0 else (count - i * rows).clamp_min_(0)
+                self.step(model, part, points, left)
 
-    def _probe(self, model: Model, index: Tensor, points: Tensor) -> Tensor:
-        low, high = self.options.low, self.options.high
-        core.perturb(self.x, self.direction, index, self.probes, low, high, points, **self.launch)
-        return _for_core(logits_of(model(points), len(points)), self.x)
+    def column(self, name: str) -> Tensor:
+        """(N,) view of one field of the brackets (csrc/search_rule.h)."""
+        return self.brackets[:, _COLUMN[name]]
 
-    def result(self) -> RadiusResult:
-        column = {name: self.brackets[:, i] for name, i in _COLUMN.items()}
+    def result(self, rows: int | None = None) -> RadiusResult:
+        """The results of the first `rows` rows, of all by default."""
+        column = {name: self.column(name)[:rows] for name in _COLUMN}
         status = column["status"]
         finite = status != core.NOT_FINITE
         lower = column["lower"].where(finite, math.nan)
@@ -292,24 +353,30 @@ class _Search:
         )
 
 
-def _checked_input(x: Tensor, options: Options, launch: dict[str, Any]) -> Tensor:
+def checked_input(x: Tensor, options: Options) -> Tensor:
     """(N,) bool: the row is finite. Raises if an element of a finite row is out of bounds."""
-    flags = torch.empty(len(x), dtype=torch.uint8, device=x.device)
-    core.inspect(x, options.low, options.high, flags, **launch)
+    flags = input_flags(x, options)
     outside = flags == core.INPUT_OUTSIDE
     if outside.any():
         raise bounds_error(x[outside], len(x), options)
     return flags != core.INPUT_NOT_FINITE
 
 
-def _for_core(logits: Tensor, x: Tensor) -> Tensor:
+def input_flags(x: Tensor, options: Options) -> Tensor:
+    """(N,) uint8: 0 where the row is finite and in bounds, else one of core.INPUT_*."""
+    flags = torch.empty(len(x), dtype=torch.uint8, device=x.device)
+    core.inspect(x, options.low, options.high, flags, **launch_arguments(x))
+    return flags
+
+
+def for_core(logits: Tensor, x: Tensor) -> Tensor:
     """Detached logits in a dtype whose wide type is that of the search state."""
     state = WIDE[x.dtype]
     logits = logits.detach()
     return logits if WIDE.get(logits.dtype) == state else logits.to(state)
 
 
-def _with_dense_rows(x: Tensor) -> Tensor:
+def with_dense_rows(x: Tensor) -> Tensor:
     """x itself if each row is one dense block in any order (channels_last is), else a copy."""
     inner = sorted((s, n) for s, n in zip(x.stride()[1:], x.shape[1:], strict=True) if n != 1)
     expected = 1
@@ -320,7 +387,7 @@ def _with_dense_rows(x: Tensor) -> Tensor:
     return x
 
 
-def _empty_rows_like(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+def empty_rows_like(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """(rows, ...) with the memory order of x's rows, one row after the other."""
     elements = math.prod(x.shape[1:])
     return torch.empty_strided(
@@ -328,7 +395,8 @@ def _empty_rows_like(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _launch_arguments(x: Tensor) -> dict[str, Any]:
+def launch_arguments(x: Tensor) -> dict[str, Any]:
+    """How the core runs on x's device: on torch's current stream, or with its threads."""
     if x.device.type == "cuda":
         return {"stream": torch.cuda.current_stream(x.device).cuda_stream}
     return {"threads": torch.get_num_threads()}
