@@ -7,6 +7,7 @@ Misclassification Detection Ability without Extra Data" (arXiv 2503.14783).
 
 from . import metrics, radius_scores, reference, scores
 from ._build import BuildInfo, __version__, build_info
+from .estimator import RadiusEstimator
 from .loss import RATLoss, RATLossOutput
 from .radius import (
     LoaderRadii,
@@ -21,6 +22,7 @@ __all__ = [
     "LoaderRadii",
     "RATLoss",
     "RATLossOutput",
+    "RadiusEstimator",
     "RadiusResult",
     "SearchReport",
     "__version__",

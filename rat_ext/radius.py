@@ -327,6 +327,11 @@ class Search:
                 left = count if i == 0 else (count - i * rows).clamp_min_(0)
                 self.step(model, part, points, left)
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a search changes, each with one row per sample."""
+        return self.brackets, self.gaps, self.probes
+
     def column(self, name: str) -> Tensor:
         """(N,) view of one field of the brackets (csrc/search_rule.h)."""
         return self.brackets[:, _COLUMN[name]]
