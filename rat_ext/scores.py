@@ -246,8 +246,8 @@ class TunedScore(Score):
         self.validation_aurc = dict(zip(self.grid, aurcs, strict=True))
         self._setting = min(self.grid, key=self.validation_aurc.__getitem__)
 
-    def _at(self, setting: Setting) -> Self:
-        """This score at one setting."""
+    def at(self, setting: Setting) -> Self:
+        """This score with one setting, which needs no fit() to choose it."""
         score = copy.copy(self)
         score._setting = setting
         return score
@@ -311,7 +311,7 @@ class TunedLogitScore(TunedScore, LogitScore):
                 logits = logits_of(model(leaf.requires_grad_(perturbed)), len(x))
             x, confidences, directions = leaf.detach(), [], {}
             for setting in settings:
-                score = self._at(setting)
+                score = self.at(setting)
                 at = logits.detach()
                 if setting.perturbation:
                     if setting.temperature not in directions:
@@ -454,7 +454,7 @@ class RelU(TunedLogitScore):
             correct.append((batch.argmax(1) == target).cpu())
         all_logits, all_correct = torch.cat(logits), torch.cat(correct)
         if len(self.grid) > 1:
-            candidates = [self._at(setting) for setting in self.grid]
+            candidates = [self.at(setting) for setting in self.grid]
             for candidate in candidates:
                 candidate._learn(all_logits[::2], all_correct[::2])
             confidences = [candidate.score_logits(all_logits[1::2]) for candidate in candidates]
