@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rat-ext {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"rat-ext {options.command}: interrupted", file=sys.stderr)
+        print(f"rat-ext {options.command}: interrupted{options.after_interrupt}", file=sys.stderr)
         return 130
     return 0
 
@@ -27,10 +34,22 @@ def _parser() -> argparse.ArgumentParser:
         prog="rat-ext",
         description="Robust radii of PyTorch classifiers, and misclassification detection by them.",
     )
+    parser.set_defaults(after_interrupt="")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_info(commands)
     _add_demo(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
     return parser
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of a description as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def _add_info(commands: argparse._SubParsersAction) -> None:
@@ -50,7 +69,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         help="the method on handwritten digits: a table and an HTML report",
         description="Trains small networks on scikit-learn's handwritten digits, plainly and with "
         "RAT, and tells how well MSR, RR-Fast and RR-BS find their wrong predictions.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
     parser.set_defaults(run=_demo)
     parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write to")
@@ -74,3 +93,246 @@ def _demo(options: argparse.Namespace) -> None:
         lam=options.lam,
     )
     demo.main(settings, options.out)
+
+
+_RECIPE_HELP = {
+    "loss": "rat, or ce for plain cross-entropy",
+    "eps": "size of the RAT perturbation, pixels being in [0, 1]",
+    "lam": "weight of the RAT loss's perturbed term",
+    "steps": "of the RAT loss's inner loop: 1 for FGSM, more for PGD",
+    "epochs": "of training",
+    "batch_size": "of all processes together",
+    "optimizer": "sgd (with Nesterov momentum) or adamw",
+    "lr": "highest learning rate",
+    "momentum": "of SGD",
+    "weight_decay": "of the optimizer",
+    "warmup": "epochs in which the learning rate rises; then it falls along a cosine",
+    "augment": "none, crop (random shifts), or crop-flip",
+    "mixup": "parameter of mixup's Beta distribution; 0 for no mixup",
+    "mixup_off": "last epochs without mixup",
+    "bf16": "autocast to bfloat16",
+    "ema": "decay of an average of the weights, which is then the result; 0 for none",
+    "seed": "of the initial weights, and all that is random in training",
+}
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    from .training import Recipe
+
+    parser = commands.add_parser(
+        "train",
+        help="train a classifier with the RAT loss or plainly",
+        description="Trains a classifier. Each epoch ends with a checkpoint in the output folder; "
+        "after an\ninterruption the same command goes on from the last one, exactly. On several "
+        "devices:\n\n  torchrun --nproc-per-node=2 -m rat_ext train ...",
+        formatter_class=_Formatter,
+    )
+    parser.set_defaults(
+        run=_train, after_interrupt="; the same command goes on from the last epoch"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    _add_data(parser)
+    _add_model(parser, required=True)
+    parser.add_argument("--from", dest="start", type=Path, help="checkpoint to fine-tune")
+    parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard, too")
+    group = parser.add_argument_group("recipe")
+    for field in fields(Recipe):
+        flag, text = f"--{field.name.replace('_', '-')}", _RECIPE_HELP[field.name]
+        if isinstance(field.default, bool):
+            group.add_argument(flag, action="store_true", help=text)
+        else:
+            group.add_argument(flag, type=type(field.default), default=field.default, help=text)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="digits, cifar10, cifar100, svhn, imagenet, cifar10-c:fog:3, cifar100-c:fog:3, "
+        "imagenet-c:fog:3, folder:PATH or npz:PATH",
+    )
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of data sets")
+    parser.add_argument(
+        "--download", action="store_true", help="let torchvision download the data set"
+    )
+    parser.add_argument("--limit", type=int, help="use only the first images")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: one for each core)")
+
+
+def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
+    where = "" if required else " (default: that of the checkpoint)"
+    parser.add_argument(
+        "--model",
+        required=required,
+        help="digits-cnn, resnet20, resnet56, resnet110, wrn-28-10, torchvision:NAME, timm:NAME or "
+        f"MODULE:FUNCTION, a function from the number of classes to the model{where}",
+    )
+    parser.add_argument(
+        "--pretrained", action="store_true", help="weights of torchvision or timm to begin with"
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    import torch
+
+    from . import models
+    from .training import Recipe, replace, train
+
+    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    data, test = _data(options, "train"), _data(options, "test")
+    torch.manual_seed(recipe.seed)
+    model = models.create(options.model, len(data.classes), pretrained=options.pretrained)
+    if options.start:
+        models.load_weights(model, options.start)
+    with _device(options) as (device, rank):
+        model.to(device)
+        result = train(
+            model,
+            data,
+            recipe,
+            validation=test,
+            out=options.out,
+            workers=options.workers,
+            tensorboard=options.tensorboard,
+        )
+        if rank:
+            return
+        state = {
+            "state_dict": model.state_dict(),
+            "model": options.model,
+            "classes": list(data.classes),
+        }
+        path = options.out / "model.pt"
+        replace(path, lambda temporary: torch.save(state, temporary))
+        accuracy = result.history[-1]["validation_accuracy"]
+        print(f"Test accuracy {100 * accuracy:.2f} %. Model: {path}")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    from .evaluation import Settings
+
+    default = Settings()
+    parser = commands.add_parser(
+        "evaluate",
+        help="how well confidence scores find a classifier's wrong predictions",
+        description="Fits confidence scores on one part of the test images and tests them on the "
+        "rest, for\nseveral random splits; writes results.csv, results.json and index.html. On "
+        "several devices:\n\n  torchrun --nproc-per-node=2 -m rat_ext evaluate ...",
+        formatter_class=_Formatter,
+    )
+    parser.set_defaults(run=_evaluate, after_interrupt="; with --resume the command goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--checkpoint", type=Path, help="weights of the model")
+    _add_model(parser, required=False)
+    _add_data(parser)
+    parser.add_argument("--ood", help="a data set whose images are mixed in and count as errors")
+    parser.add_argument(
+        "--scores", nargs="+", default=[], metavar="SCORE", help="names (default: all)"
+    )
+    parser.add_argument("--splits", type=int, default=default.splits, help="random splits")
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        default=default.validation_share,
+        help="of the images, to choose temperatures and perturbations on",
+    )
+    parser.add_argument(
+        "--tune",
+        choices=["all", "temperature", "none"],
+        default=default.tune,
+        help="what is chosen: temperature and input perturbation, or less",
+    )
+    parser.add_argument("--seed", type=int, default=default.seed, help="of the splits")
+    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="of images")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an evaluation that was interrupted"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from . import datasets, evaluation, models
+
+    settings = evaluation.Settings(
+        scores=tuple(options.scores),
+        splits=options.splits,
+        validation_share=options.validation_share,
+        tune=options.tune,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    data = _data(options, "test")
+    if options.checkpoint is None and not options.pretrained:
+        raise ValueError("give the --checkpoint of the model, or --pretrained")
+    name = options.model
+    if name is None:
+        name = models.name_in(options.checkpoint) if options.checkpoint else None
+        if name is None:
+            raise ValueError("the checkpoint does not name its model: give --model")
+    model = models.create(name, len(data.classes), pretrained=options.pretrained)
+    if options.checkpoint is not None:
+        models.load_weights(model, options.checkpoint)
+    title = f"Misclassification detection: {name} on {options.data}"
+    if options.ood is not None:
+        outliers = datasets.load(options.ood, "test", options.root, download=options.download)
+        data = datasets.with_outliers(data, outliers)
+        title += f" with {options.ood} as errors"
+    with _device(options) as (device, _):
+        result = evaluation.evaluate(
+            model.to(device).eval(),
+            data,
+            settings,
+            options.out,
+            resume=options.resume,
+            workers=options.workers,
+        )
+    if result is not None:
+        evaluation.write(result, title, options.out)
+        shown = evaluation.table(result)
+        accuracy = 100 * result.correct.double().mean()
+        print(f"Accuracy {accuracy:.2f} % of {len(result.target):,} images.")
+        print(f"\n{shown.text()}\n\n{shown.caption} A star marks the best of a column.")
+        print(f"\n{evaluation.costs(result).text()}")
+        print(f"\nReport: {options.out / 'index.html'}")
+
+
+def _data(options: argparse.Namespace, split: str) -> Any:
+    from . import datasets
+
+    data = datasets.load(options.data, split, options.root, download=options.download)
+    if options.limit is not None:
+        if options.limit < 1:
+            raise ValueError(f"limit is {options.limit}; it must be at least 1")
+        data = datasets.first(data, options.limit)
+    return data
+
+
+@contextlib.contextmanager
+def _device(options: argparse.Namespace) -> Iterator[tuple[torch.device, int]]:
+    """The device of this process, and its rank under torchrun (else 0)."""
+    import torch
+    import torch.distributed as dist
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"threads is {options.threads}; it must be at least 1")
+        torch.set_num_threads(options.threads)
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; expected cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is usable here (see rat-ext info); use --device cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device, 0
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device, dist.get_rank()
+    finally:
+        dist.destroy_process_group()

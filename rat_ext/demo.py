@@ -21,6 +21,13 @@ from .radius_scores import RRBS, RRFast
 
 TRAININGS = {"ce": "plain", "rat": "RAT"}
 SCORES = {"msr": "MSR", "rr-fast": "RR-Fast", "rr-bs": "RR-BS"}
+METRICS = [
+    ("accuracy", 100, True),
+    ("aurc", 1000, False),
+    ("auroc", 100, True),
+    ("fpr95", 100, False),
+]
+"""Name, scale in print, and larger is better."""
 SHOWN_IMAGES = 24
 
 
@@ -137,29 +144,22 @@ def of(outcomes: Sequence[Outcome], loss: str) -> list[Outcome]:
 
 def table(outcomes: Sequence[Outcome]) -> report.Table:
     """Means and standard deviations over the seeds."""
-    scale = {"accuracy": 100, "aurc": 1000, "auroc": 100, "fpr95": 100}
-    larger_is_better = {"accuracy": True, "aurc": False, "auroc": True, "fpr95": False}
-    cells = {
-        (loss, score, metric): _over_seeds(
-            [scale[metric] * outcome.metrics[score][metric] for outcome in of(outcomes, loss)]
-        )
-        for loss in TRAININGS
-        for score in SCORES
-        for metric in scale
-    }
-    for metric in scale:
-        keys = [key for key in cells if key[2] == metric and not math.isnan(cells[key].mean)]
-        if keys:
-            choose = max if larger_is_better[metric] else min
-            best = choose(cells[key].mean for key in keys)
-            for key in keys:
-                cells[key] = cells[key]._replace(best=cells[key].mean == best)
-    rows = []
-    for loss, training_name in TRAININGS.items():
-        for score, score_name in SCORES.items():
-            cost = np.mean([outcome.forward_rows[score] for outcome in of(outcomes, loss)])
-            numbers = [cells[loss, score, metric] for metric in scale]
-            rows.append([training_name, score_name, *numbers, report.Cell(float(cost), digits=1)])
+    nets = [(loss, score) for loss in TRAININGS for score in SCORES]
+    columns = []
+    for metric, scale, larger_is_better in METRICS:
+        runs = [
+            [scale * outcome.metrics[score][metric] for outcome in of(outcomes, loss)]
+            for loss, score in nets
+        ]
+        columns.append(report.with_best(list(map(report.over_runs, runs)), larger_is_better))
+    costs = [
+        [outcome.forward_rows[score] for outcome in of(outcomes, loss)] for loss, score in nets
+    ]
+    columns.append([report.Cell(float(np.mean(cost)), digits=1) for cost in costs])
+    rows = [
+        [TRAININGS[loss], SCORES[score], *(column[i] for column in columns)]
+        for i, (loss, score) in enumerate(nets)
+    ]
     seeds = len(of(outcomes, "ce"))
     return report.Table(
         ["training", "score", "accuracy %", "AURC x1000", "AUROC %", "FPR@95TPR %", "forward rows"],
@@ -167,14 +167,6 @@ def table(outcomes: Sequence[Outcome]) -> report.Table:
         f"Mean{' ± standard deviation' if seeds > 1 else ''} over {seeds} "
         f"{'seeds' if seeds > 1 else 'seed'}, {len(outcomes[0].correct):,} test images each.",
     )
-
-
-def _over_seeds(values: Sequence[float]) -> report.Cell:
-    defined = np.array([value for value in values if not math.isnan(value)])
-    if not len(defined):
-        return report.Cell(math.nan)
-    std = float(defined.std(ddof=1)) if len(defined) > 1 else math.nan
-    return report.Cell(float(defined.mean()), std)
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:

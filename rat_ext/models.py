@@ -222,6 +222,18 @@ def create(
     return Normalized(build_network(num_classes), mean or default_mean, std or default_std)
 
 
+def name_in(path: str | Path) -> str | None:
+    """The name of the model that a checkpoint of ``rat-ext train`` is of; None for others.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint.
+    """
+    content = _read(Path(path))
+    name = content.get("model") if isinstance(content, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint, in one of the common layouts, into the model.
 
@@ -235,8 +247,6 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: it is not a checkpoint, or not of this model.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
     state = _state_dict(path)
     expected = model.state_dict().keys()
     if isinstance(model, Normalized) and not state.keys() & expected:
@@ -254,19 +264,24 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{path} does not fit the model: {error}") from error
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
         except ImportError as error:
             raise ImportError("reading .safetensors needs: pip install safetensors") from error
-        state: Any = load_file(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds, unpickling ones among them
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason}") from error
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, unpickling ones among them
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason}") from error
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    state = _read(path)
     if isinstance(state, Mapping):
         for key in ("state_dict", "model_state_dict", "model"):
             if isinstance(state.get(key), Mapping):

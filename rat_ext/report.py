@@ -37,7 +37,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e9ee; --soft: #9aa7b4; --paper: #14181d;
   --card: #1d232a; --line: #343d47; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; color: var(--ink);
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 66rem; color: var(--ink);
   background: var(--paper); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; }
@@ -47,7 +47,7 @@ p { margin: .5rem 0; max-width: 46rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { caption-side: bottom; text-align: left; padding-top: .5rem; }
-th, td { padding: .45rem .7rem; text-align: right; white-space: nowrap;
+th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
@@ -86,6 +86,21 @@ class Cell(NamedTuple):
             return "undefined"
         mean = f"{self.mean:.{self.digits}f}"
         return mean if math.isnan(self.std) else f"{mean} ± {self.std:.{self.digits}f}"
+
+
+def over_runs(values: Sequence[float]) -> Cell:
+    """Mean and standard deviation over the runs where the value is defined (not nan)."""
+    defined = np.array([value for value in values if not math.isnan(value)])
+    if not len(defined):
+        return Cell(math.nan)
+    return Cell(float(defined.mean()), float(defined.std(ddof=1)) if len(defined) > 1 else math.nan)
+
+
+def with_best(cells: Sequence[Cell], larger_is_better: bool) -> list[Cell]:
+    """The cells of a column, the best one (and those equal to it) marked."""
+    defined = [cell.mean for cell in cells if not math.isnan(cell.mean)]
+    best = (max if larger_is_better else min)(defined, default=math.nan)
+    return [cell._replace(best=cell.mean == best) for cell in cells]
 
 
 class Table(NamedTuple):

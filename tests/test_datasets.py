@@ -90,3 +90,132 @@ def test_errors_of_jpeg_archive(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(ValueError, match="not an image archive with bytes, offsets"):
         datasets.jpeg_archive(tmp_path / "text.npz")
+
+
+# --- By name --------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), size: int = 300) -> Path:
+    image = pytest.importorskip("PIL.Image")
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        value = 50 * (number + 1)
+        image.new("RGB", (size, size), (value, value, value)).save(folder / name / "0.png")
+    return folder
+
+
+def write_cifar(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    images = np.arange(10, dtype=np.uint8).repeat(4 * 4 * 3).reshape(10, 4, 4, 3)
+    np.save(folder / "fog.npy", images)
+    np.save(folder / "labels.npy", np.arange(10) % 2)
+    return folder
+
+
+def test_digits_by_name() -> None:
+    train, test = datasets.load("digits", "train"), datasets.load("digits", "test")
+    assert (len(train), len(test)) == (500, 1297)
+    assert torch.equal(train.pixels, datasets.digits().train.pixels)
+
+
+def test_corrupted_cifar_by_name(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "CIFAR-10-C")
+    images = datasets.load("cifar10-c:fog:3", "test", tmp_path)
+    assert images.pixels.shape == (2, 3, 4, 4)
+    assert images.pixels[:, 0, 0, 0].tolist() == [4, 5]
+    assert images.targets.tolist() == [0, 1]
+
+
+def test_image_folders_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    write_images(tmp_path / "val")
+    for name, root in ((f"folder:{tmp_path}", "elsewhere"), ("imagenet", tmp_path)):
+        data = datasets.load(name, "test", root)
+        x, target = data[1]
+        assert x.shape == (3, 224, 224)
+        assert x.mean() == pytest.approx(100 / 255)
+        assert target == 1
+        assert list(data.classes) == ["cat", "dog"]
+        loader = datasets.batches(data, [[1, 0]], 0, torch.device("cpu"))
+        assert [t.tolist() for _, t in loader] == [[1, 0]]
+
+
+def test_archives_by_name(tmp_path: Path) -> None:
+    write_archive(tmp_path / "images-test.npz")
+    assert len(datasets.load(f"npz:{tmp_path}/images-{{split}}.npz", "test")) == 3
+
+
+def test_torchvision_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchvision_datasets = pytest.importorskip("torchvision.datasets")
+
+    class CIFAR10:
+        def __init__(self, root: Path, train: bool, download: bool) -> None:
+            assert (root, train, download) == (tmp_path, True, False)
+            self.data = np.full((2, 32, 32, 3), 255, np.uint8)
+            self.targets, self.classes = [3, 4], list("abcde")
+
+    monkeypatch.setattr(torchvision_datasets, "CIFAR10", CIFAR10)
+    x, target = datasets.load("cifar10", "train", tmp_path)[:]
+    assert torch.equal(x, torch.ones(2, 3, 32, 32))
+    assert target.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_a_missing_data_set_says_where_to_put_it(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    if name == "svhn":
+        pytest.importorskip("scipy")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"is not in .*put .* there.*found in .*: other$"):
+        datasets.load(name, "train", tmp_path)
+
+
+def test_a_wrong_folder_says_what_was_found(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no folder .*test or .*val.*: pictures$"):
+        datasets.load(f"folder:{tmp_path}", "test")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no folder of images for each class.*: nothing$"):
+        datasets.load(f"folder:{tmp_path}", "test")
+    with pytest.raises(FileNotFoundError, match=r"CIFAR-10-C does not exist$"):
+        datasets.load("cifar10-c:fog:1", "test", tmp_path)
+    write_cifar(tmp_path / "CIFAR-10-C")
+    with pytest.raises(FileNotFoundError, match=r"no .*snow.npy; found in .*: fog.npy, labels.npy"):
+        datasets.load("cifar10-c:snow:1", "test", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("mnist", "test", "no data set is named 'mnist'; there are digits"),
+        ("digits:1", "test", "no data set is named 'digits:1'"),
+        ("digits", "validation", "split is 'validation'"),
+        ("cifar10-c:fog:3", "train", "is for testing"),
+        ("cifar10-c:fog", "test", "must be from 1 to 5"),
+    ],
+)
+def test_errors_of_load(name: str, split: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        datasets.load(name, split)
+
+
+def test_outliers_count_as_errors(tmp_path: Path) -> None:
+    pixels = torch.rand(3, 1, 2, 2)
+    images = datasets.Images(pixels, torch.tensor([0, 1, 0]), ("a", "b"))
+    others = datasets.Images((pixels * 255).byte(), torch.tensor([1, 1, 1]), ("c", "d"))
+    x, target = datasets.with_outliers(images, others)[:]
+    assert target.tolist() == [0, 1, 0, -1, -1, -1]
+    assert torch.allclose(x[:3], x[3:], atol=1 / 255)
+    mixture = datasets.with_outliers(images, datasets.first(torch_data(), 2))
+    (batch,) = datasets.batches(mixture, [range(5)], 0, torch.device("cpu"))
+    assert batch[1].tolist() == [0, 1, 0, -1, -1]
+    assert mixture.classes == ("a", "b")
+    with pytest.raises(ValueError, match=r"the outliers have shape \(1, 8, 8\)"):
+        datasets.with_outliers(images, datasets.digits().test)
+
+
+def torch_data() -> torch.utils.data.Dataset:
+    data = torch.utils.data.TensorDataset(torch.rand(5, 1, 2, 2), torch.arange(5))
+    data.classes = list("abcde")
+    return data

@@ -108,11 +108,17 @@ def test_verdict_counts_seeds() -> None:
     )
 
 
-def test_networks_without_an_error_are_undefined_not_a_crash() -> None:
-    cells = demo._over_seeds([math.nan, math.nan])
-    assert str(cells) == "undefined"
-    assert str(demo._over_seeds([math.nan, 2.0])) == "2.00"
-    assert str(demo._over_seeds([1.0, 3.0])) == "2.00 ± 1.41"
+def test_undefined_values_are_left_out_of_the_mean() -> None:
+    assert str(report.over_runs([math.nan, math.nan])) == "undefined"
+    assert str(report.over_runs([math.nan, 2.0])) == "2.00"
+    assert str(report.over_runs([1.0, 3.0])) == "2.00 ± 1.41"
+
+
+def test_best_cells() -> None:
+    cells = [Cell(1), Cell(math.nan), Cell(3), Cell(3)]
+    assert [cell.best for cell in report.with_best(cells, True)] == [False, False, True, True]
+    assert [cell.best for cell in report.with_best(cells, False)] == [True, False, False, False]
+    assert not report.with_best([Cell(math.nan)], True)[0].best
 
 
 def test_infinite_radii_are_left_out_of_the_histogram() -> None:
