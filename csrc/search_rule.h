@@ -18,9 +18,12 @@
 //   - An estimate is probed half a tolerance off, towards the end of the bracket that is further
 //   away,
 //     so that the next probe, one tolerance back, closes the bracket.
+//   - While nothing has flipped, estimates stay short, the more so the further they reach beyond
+//     the last probe. They are stretched by kStretch times the square of that reach, and from the
+//     second round on by kRestretch times the reach itself: a probe on the far side leaves a
+//     bracket that interpolation closes in two more, one on the near side leaves nothing.
 //   - While nothing has flipped, the step may grow by factors that rise from probe to probe, and
-//   from
-//     the third probe on it must: the end of the ray is reached in O(sqrt(log)) probes.
+//     after kFreeRounds it must: the end of the ray is reached in O(sqrt(log)) probes.
 //   - In a bracket each row has a budget: the probes that geometric bisection would take from the
 //     first bracket, plus kSlack. A probe that could leave a bracket which bisection cannot close
 //     within the budget is replaced by bisection (a fallback). Hence the worst case, in max_rows().
@@ -37,7 +40,10 @@ namespace rat {
 
 constexpr int kKnots = 3;       // points of the ray whose gaps a row remembers
 constexpr int kMaxProbes = 32;  // probes per row and round
-constexpr double kFirstStep = 1.1;
+constexpr double kFirstStep = 1.15;
+constexpr double kStretch = 0.5;
+constexpr double kRestretch = 0.25;
+constexpr int kFreeRounds = 4;         // rounds without a flip before the step is made to grow
 constexpr double kSlack = 4;           // probes that a row may spend beyond geometric bisection
 constexpr double kFirstSpread = 1.25;  // ratio of neighbouring first probes when there are several
 
@@ -360,7 +366,10 @@ struct Search {
     const int last = params.probes - 1;
     const T rounds = row.rows / static_cast<T>(params.probes);
     const T high = row.lower * std::exp2(T(2) * rounds);
-    const T low = rounds > T(2) ? row.lower * std::exp2(rounds - T(2)) : closing_above();
+    const T forced = rounds - T(kFreeRounds);
+    const T low = forced > T(0) ? row.lower * std::exp2(forced) : closing_above();
+    const T reach = clamp(estimate / row.lower - T(1), T(0), high / row.lower);
+    estimate *= T(1) + T(rounds > T(1) ? kRestretch : kStretch * reach) * reach;
     for (int i = 0; i <= last; ++i) {
       T radius;
       if (params.bisect) {
@@ -410,8 +419,8 @@ struct Search {
 };
 
 // No row takes more forward rows than this, whatever the model: the rounds in which nothing flips
-// (two free ones, then steps by 2, 4, 8, ... from eps_min to eps_max) and the budget of the widest
-// bracket. For the plain bisection: doublings from 1e-6 of the ray, then halvings.
+// (kFreeRounds free ones, then steps by 2, 4, 8, ... from eps_min to eps_max) and the budget of the
+// widest bracket. For the plain bisection: doublings from 1e-6 of the ray, then halvings.
 template <typename T>
 inline int max_rows(const SearchParams<T>& params) {
   const double octaves = std::log2(double(params.eps_max) / double(params.eps_min));
@@ -421,7 +430,9 @@ inline int max_rows(const SearchParams<T>& params) {
     rounds +=
         static_cast<int>(std::ceil(std::log2(1e6) + octaves - std::log2(double(params.rtol))));
   } else {
-    for (double reached = 0; reached < octaves; ++rounds) reached += rounds - 2;
+    int growth = 1;
+    for (double reached = 0; reached < octaves; ++growth) reached += growth;
+    rounds = kFreeRounds + growth;
     rounds += static_cast<int>(std::ceil(std::log2(octaves * std::log(2.0) / rate) + kSlack));
   }
   return rounds * params.probes;
