@@ -138,8 +138,10 @@ struct Search {
     team.sync();
   }
 
-  // The ray is known: `slope` is minus the derivative of the log-odds along it. One member calls.
+  // The ray is known: `slope` is the fall along it of z_y - sum_j w_j z_j, whose weights w are the
+  // seed's: of the log-odds, but for the temperature. One member calls.
   RAT_HD void aim(T slope) {
+    slope /= params.temperature;
     row.slope = slope;
     if (!std::isfinite(slope)) row.status = T(kNotFinite);
     if (!active()) return;
