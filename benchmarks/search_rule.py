@@ -69,7 +69,7 @@ def rows_of(model, rays, rtol, first=1.0, centred=False, curved=False, stretch=0
         lower[a[~flip]], gap_lower[a[~flip]] = e[~flip], gap[~flip]
         low, high = lower[a], upper[a]
         floor = low.clamp_min(options.eps_min)
-        closed = (high - floor <= rtol * high) | (high.isinf() & (low >= options.eps_max))
+        closed = torch.where(high.isinf(), low >= options.eps_max, high - floor <= rtol * high)
         active = a = a[~closed]
         low, high, floor = low[~closed], high[~closed], floor[~closed]
         found = high.isfinite()
