@@ -87,45 +87,52 @@ PYTHON
 }
 
 if [[ $dry == 1 ]]; then
-  programs="cmake ninja" modules="torch numpy tqdm pytest" sanitizer=()
+  programs="cmake ninja" packages="torch numpy tqdm pytest" sanitizer=()
   device=(true)
   benchmark=(--device cpu --tiny --seconds 0.01)
 else
-  programs="cmake ninja nvcc compute-sanitizer" modules="torch numpy tqdm pytest torchvision"
+  programs="cmake ninja nvcc compute-sanitizer" packages="torch numpy tqdm pytest torchvision"
   sanitizer=(compute-sanitizer --error-exitcode 1 --target-processes all)
   device=("$python" -c 'import rat_ext, sys; info = rat_ext.build_info(); print(info)
 sys.exit(info.cuda_problem)')
   benchmark=(--budget 95 --seconds 1)
 fi
-[[ $build == 1 ]] && modules="$modules pybind11 setuptools"
+[[ $build == 1 ]] && packages="$packages pybind11 setuptools>=77"
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 export PATH
 
-# shellcheck disable=SC2086  # lists of words
-step needs 30 "$python" -c '
-import importlib.util, shutil, sys
-programs, modules = (set(words.split()) for words in sys.argv[1:])
-missing = sorted(p for p in programs if not shutil.which(p))
-missing += sorted(m for m in modules if importlib.util.find_spec(m) is None)
-sys.exit("not here: " + ", ".join(missing) if missing else 0)' "$programs" "$modules" || finish
+step needs 20 "$python" -c '
+import importlib.metadata as metadata, shutil, sys
+programs, packages = (words.split() for words in sys.argv[1:])
+problems = [program for program in programs if not shutil.which(program)]
+for package in packages:
+    name, _, least = package.partition(">=")
+    try:
+        version = metadata.version(name)
+        if least and int(version.partition(".")[0]) < int(least):
+            problems.append(f"{package} (there is {version})")
+    except metadata.PackageNotFoundError:
+        problems.append(package)
+sys.exit("missing here: " + ", ".join(problems) if problems else 0)
+' "$programs" "$packages" || finish
 
 if [[ $build == 1 ]]; then
   if [[ $dry != 1 ]]; then
     arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') &&
       export RAT_EXT_CUDA=1 RAT_EXT_CUDA_ARCHS=${RAT_EXT_CUDA_ARCHS:-$arch}
   fi
-  step build 150 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall \
+  step build 130 "$python" -m pip install --no-build-isolation --no-deps --force-reinstall \
     "$root" || finish
 else
   record build skipped 0
 fi
-step device 30 "${device[@]}" || finish
+step device 20 "${device[@]}" || finish
 
 pytest=("$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root"
   "$root/tests/test_gpu.py")
 step tests 140 "${pytest[@]}"
-step memcheck 55 "${sanitizer[@]}" "${pytest[@]}" -k short
-step racecheck 55 "${sanitizer[@]}" ${sanitizer:+--tool racecheck} "${pytest[@]}" -k short
+step memcheck 75 "${sanitizer[@]}" "${pytest[@]}" -k short
+step racecheck 75 "${sanitizer[@]}" ${sanitizer:+--tool racecheck} "${pytest[@]}" -k short
 step benchmark 130 "$python" "$root/benchmarks/gpu.py" "${benchmark[@]}" \
   --out "$out/gpu_benchmark.json"
 finish

@@ -80,7 +80,7 @@ def test_what_is_missing_is_named(tmp_path):
     done = check(tmp_path, RAT_EXT_GPU_CHECK_DRY="0", PATH="/usr/bin:/bin", CUDA_HOME="/nowhere")
     assert done.returncode == 1
     assert steps(tmp_path) == {"needs": "failed (1)"}
-    assert "compute-sanitizer" in done.stdout.partition("not here: ")[2]
+    assert "compute-sanitizer" in done.stdout.partition("missing here: ")[2]
 
 
 def test_unknown_arguments(tmp_path):
