@@ -21,7 +21,6 @@ Piece = Callable[[int], None]  # works on the first so many rows
 Replay = Callable[[], None]
 
 _WARM_UPS = 2  # lazy initialisation and the choice of algorithms cannot be captured
-_STEPS_PER_POLL = 2  # one probe a step settles no row in fewer: it needs one on each side
 _CAPTURE_LOCK = threading.Lock()  # CUDA allows one capture at a time in a process
 
 
@@ -70,20 +69,21 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         with _CAPTURE_LOCK, torch.cuda.device(self.device):
             self.stream.wait_stream(torch.cuda.current_stream())
+            # torch.cuda.graph alone does not put the current stream back when a capture fails.
             with torch.cuda.stream(self.stream):
                 for _ in range(_WARM_UPS):
                     warm_up()
-            # A workspace of cuBLAS belongs to a stream. Drop those there are, so that the capture
-            # takes one from the pool of these graphs, which no other graph or stream uses.
-            torch._C._cuda_clearCublasWorkspaces()
-            try:
-                # Other threads may allocate memory meanwhile: only this one is watched.
-                with torch.cuda.graph(
-                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-                ):
-                    record(graph)
-            finally:
+                # A workspace of cuBLAS belongs to a stream. Drop those there are, so that the
+                # capture takes one from the pool of these graphs, which nothing else uses.
                 torch._C._cuda_clearCublasWorkspaces()
+                try:
+                    # Other threads may allocate memory meanwhile: only this one is watched.
+                    with torch.cuda.graph(
+                        graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                    ):
+                        record(graph)
+                finally:
+                    torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.current_stream().wait_stream(self.stream)
         return graph.replay
 
@@ -118,13 +118,16 @@ class Eager:
 
 
 class ReplayLoop:
-    """Replays captured steps for batches of set sizes, and polls every few how many are active."""
+    """Replays captured steps for batches of set sizes, and polls how many rows are active.
+
+    It does so every `steps_per_poll` steps: what settles in between is a forward in vain.
+    """
 
     name = "replay loop"
     runs_model = False
 
-    def __init__(self, graphs: Graphs, sizes: Sequence[int]) -> None:
-        self.graphs, self.sizes = graphs, sizes
+    def __init__(self, graphs: Graphs, sizes: Sequence[int], steps_per_poll: int) -> None:
+        self.graphs, self.sizes, self.steps_per_poll = graphs, sizes, steps_per_poll
 
     def size_for(self, rows: int) -> int:
         return self.sizes[bisect_left(self.sizes, rows)]
@@ -139,7 +142,7 @@ class ReplayLoop:
 
         def run(_: int) -> None:
             while rows := active(count):
-                for _ in range(_STEPS_PER_POLL):
+                for _ in range(self.steps_per_poll):
                     replay_step(rows)
 
         return run

@@ -40,6 +40,12 @@ class Options:
         # rounded away. Inputs in half precision are coarser still, but not near their low end.
         return (self.high - self.low) * 2.0**-24
 
+    @property
+    def least_rounds(self) -> int:
+        """No row settles in fewer rounds, unless it is not finite or cannot move."""
+        # One probe a round shows one side of the flip only.
+        return 2 if self.method == "bs" and self.probes == 1 else 1
+
     @classmethod
     def checked(
         cls,

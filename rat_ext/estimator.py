@@ -112,7 +112,7 @@ class RadiusEstimator:
                 self._allocate(example, logits.shape[1])
                 del logits
                 self._trace(len(example))
-                self.mode = self._prepare(_capture.graphs_for(device) if capture else None, draws)
+                self.mode = self._prepare(capture, draws)
 
     def __call__(self, x: Tensor) -> RadiusResult:
         """The results of (N, ...) inputs like the example, for any N; see `robust_radius`."""
@@ -232,19 +232,20 @@ class RadiusEstimator:
             self._ends = torch.empty_like(self._search.brackets[:, :2])
             self._spent = torch.empty(n, dtype=torch.int64, device=device)
 
-    def _prepare(self, graphs: _capture.Graphs | None, draws: bool) -> str:
+    def _prepare(self, capture: bool, draws: bool) -> str:
         """Capture what runs a search, or leave it eager if that cannot be. Returns the mode."""
+        graphs = _capture.graphs_for(self._device) if capture else None
         if graphs is None:
             return self._build(_capture.Eager())
         n = len(self._x)
         sizes = [*(2**k for k in range(n.bit_length()) if 2**k < n), n]
         cause = "it draws random numbers in eval mode"
-        if not draws:
-            for driver in (_capture.DeviceLoop, _capture.ReplayLoop):
-                try:
-                    return self._build(driver(graphs, sizes))
-                except Exception as error:
-                    cause = _root_cause(error)
+        for driver in () if draws else (_capture.DeviceLoop, _capture.ReplayLoop):
+            try:
+                return self._build(driver(graphs, sizes, self._options.least_rounds))
+            except Exception as error:
+                cause = _root_cause(error)
+                graphs = _capture.graphs_for(self._device)  # with a stream that is not capturing
         warnings.warn(
             f"the model cannot be captured in CUDA graphs and runs eagerly: {cause}. "
             "capture=False runs eagerly without this warning",

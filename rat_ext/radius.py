@@ -313,9 +313,7 @@ class Search:
         n, device = len(self.x), self.x.device
         index = torch.arange(n, dtype=torch.int32, device=device)
         count = torch.full((1,), n, dtype=torch.int32, device=device)
-        # One probe a round brackets the flip from one side only.
-        brackets_slowly = self.options.method == "bs" and self.options.probes == 1
-        active = ActiveCount(device, total=n, sure=2 if brackets_slowly else 1)
+        active = ActiveCount(device, total=n, sure=self.options.least_rounds)
         rows = max(1, chunk // self.options.probes)
         points = empty_rows_like(self.x, rows * self.options.probes, self.x.dtype)
         while True:

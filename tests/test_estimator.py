@@ -6,6 +6,7 @@ only a GPU can show is in test_gpu.py.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import threading
@@ -305,6 +306,21 @@ def test_the_calls_that_record_cuda_graphs(monkeypatch):
         graphs.capture_while(count, 1, work)
 
 
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_stream_waits_for_the_call_before(monkeypatch, failing):
+    """The calls that order streams; the device is stood in for by mocks."""
+    calls, x = mock.Mock(), uniform(4, 12)
+    estimator = RadiusEstimator(RowExact(), x)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: calls.stream)
+    monkeypatch.setattr(estimator, "_done", calls.event)
+    with pytest.raises(ValueError, match="outside") if failing else contextlib.nullcontext():
+        estimator(x + failing)
+    assert calls.mock_calls == [
+        mock.call.stream.wait_event(calls.event),
+        mock.call.event.record(calls.stream),
+    ]
+
+
 # --- Searching in bfloat16 ------------------------------------------------------------------------
 
 
@@ -538,3 +554,20 @@ def test_rounds_launched_before_the_count_is_known_change_nothing(monkeypatch, c
     assert_identical(result, expected)
     settled_rows = 2 * (2 if not options else 1) * options.get("probes", 1)
     assert sum(launched) == exactly + settled_rows
+
+
+def test_the_count_is_awaited_by_an_event_of_its_own(monkeypatch):
+    """The calls of ActiveCount to torch.cuda; the device is stood in for by mocks."""
+    calls = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: calls.stream)
+    active = radius.ActiveCount(torch.device("cpu"), total=9, sure=2)
+    active.on_gpu, active.event = True, calls.event
+    active.host = torch.empty(1, dtype=torch.int32)
+    count = torch.tensor([5], dtype=torch.int32)
+    assert [active(count), active(count)] == [9, 9]
+    assert calls.mock_calls == []
+    assert active(count) == 5
+    assert calls.mock_calls == [
+        mock.call.event.record(calls.stream),
+        mock.call.event.synchronize(),
+    ]

@@ -218,9 +218,11 @@ def test_a_model_with_data_dependent_control_flow_falls_back():
             return exact(x) if x.sum() > 0 else -exact(x)
 
     exact, x = RowExact().cuda(), uniform(20, 12).cuda()
+    stream = torch.cuda.current_stream()
     with pytest.warns(RuntimeWarning, match="cannot be captured") as caught:
         estimator = RadiusEstimator(Branching(), x)
     assert len(caught) == 1
+    assert torch.cuda.current_stream() == stream
     assert estimator.mode == "eager"
     expected = robust_radius(exact, x, full=True)
     assert_same_search(estimator(x), expected)
