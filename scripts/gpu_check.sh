@@ -87,7 +87,7 @@ PYTHON
 }
 
 if [[ $dry == 1 ]]; then
-  programs="cmake ninja" packages="torch numpy tqdm pytest" sanitizer=()
+  programs="cmake ninja" packages="torch numpy tqdm pytest" sanitizer=(true)
   device=(true)
   benchmark=(--device cpu --tiny --seconds 0.01)
 else
@@ -131,8 +131,8 @@ step device 20 "${device[@]}" || finish
 pytest=("$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root"
   "$root/tests/test_gpu.py")
 step tests 140 "${pytest[@]}"
-step memcheck 75 "${sanitizer[@]}" "${pytest[@]}" -k short
-step racecheck 75 "${sanitizer[@]}" ${sanitizer:+--tool racecheck} "${pytest[@]}" -k short
+step memcheck 75 "${sanitizer[@]}" --tool memcheck "${pytest[@]}" -k short
+step racecheck 75 "${sanitizer[@]}" --tool racecheck "${pytest[@]}" -k short
 step benchmark 130 "$python" "$root/benchmarks/gpu.py" "${benchmark[@]}" \
   --out "$out/gpu_benchmark.json"
 finish
