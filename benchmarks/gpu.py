@@ -266,12 +266,13 @@ def run_case(
 
 
 def table(report: dict[str, Any]) -> str:
-    """One line for each case: milliseconds, and how many times the estimator's."""
+    """One line for each case: milliseconds, and how many times the estimator's; or the error."""
     lines = []
     for case in report["cases"]:
         times = {k: c.get("ms") for k, c in case["contenders"].items()}
         ours = times.get("estimator") or times.get("rat_ext") or math.nan
         cells = [f"{k} {t:.2f} ms ({t / ours:.2f} x)" for k, t in times.items() if t is not None]
+        cells += [f"{k}: {c['error']}" for k, c in case["contenders"].items() if "error" in c]
         share = case["own_share"]
         own = "" if share is None else f"; own kernels {100 * share:.1f} %"
         lines.append(f"{case['model']}, batch {case['batch']}: {', '.join(cells)}{own}")

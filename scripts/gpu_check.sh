@@ -5,7 +5,8 @@
 #   scripts/gpu_check.sh [--skip-build]
 #
 # PYTHON  a Python with torch, numpy, tqdm, pytest, pybind11 and torchvision (default: python3)
-# OUT     where gpu_check.json, gpu_benchmark.json and the logs go (default: benchmarks/results)
+# OUT     where gpu_check.json, gpu_check.log and gpu_benchmark.json go (default:
+#         benchmarks/results)
 # RAT_EXT_GPU_CHECK_DRY=1 goes through the same steps without a GPU: to test this script.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -24,15 +25,18 @@ esac
 cd "$(mktemp -d)" || exit 2
 trap 'cd / && rm -rf "$OLDPWD"' EXIT
 
+log=$out/gpu_check.log
+: >"$log"
 names=() statuses=() times=()
 failed=0
-# step NAME SECONDS COMMAND...: runs it under a time limit; its output goes to OUT/NAME.log.
+# step NAME SECONDS COMMAND...: runs it under a time limit; its output goes to the log.
 step() {
   local name=$1 limit=$2 start=$SECONDS status
   shift 2
   echo "=== $name, at most $limit s"
-  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
+  timeout --kill-after=5 "$limit" "$@" >"$name.log" 2>&1
   status=$?
+  { echo "=== $name" && cat "$name.log"; } >>"$log"
   case $status in
     0) status=passed ;;
     124 | 137) status="out of time" ;;
@@ -41,7 +45,7 @@ step() {
   record "$name" "$status" $((SECONDS - start))
   if [[ $status != passed ]]; then
     failed=1
-    tail -n 40 "$out/$name.log"
+    tail -n 40 "$name.log"
     return 1
   fi
 }
@@ -76,7 +80,7 @@ with open(path, "w") as file:
     file.write(json.dumps(report, indent=1) + "\n")
 PYTHON
   echo
-  tail -n 14 "$out/benchmark.log" 2>/dev/null
+  [[ -f benchmark.log ]] && tail -n 20 benchmark.log
   echo
   printf '%-12s %-14s %6s\n' step result seconds
   for i in "${!names[@]}"; do

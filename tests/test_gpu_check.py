@@ -44,6 +44,7 @@ def test_dry_run(tmp_path):
     assert report["dry"] is True
     assert report["rat_ext"]["version"] == rat_ext.__version__
     assert {"torch", "cuda", "gpus"} <= report.keys()
+    assert "=== racecheck" in (tmp_path / "gpu_check.log").read_text()
     *_, last, note = done.stdout.splitlines()
     assert last.split()[:2] == ["benchmark", "passed"]
     assert "nothing of this ran on a GPU" in note
