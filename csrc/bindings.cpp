@@ -331,7 +331,7 @@ void compact(py::object index_, const PyState& state, py::object active_, py::ob
 }  // namespace
 }  // namespace rat
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(RAT_EXT_MODULE, m) {
   using namespace pybind11::literals;
   m.doc() =
       "The compiled core of rat_ext. Use the rat_ext package; this module checks shapes, not "

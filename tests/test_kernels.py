@@ -1,0 +1,244 @@
+"""The CUDA kernels' bodies, run on the CPU by csrc/cuda/on_host.cpp, against the CPU core.
+
+And, where the core was built with CUDA, that the kernels are in it for every architecture.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import test_core
+import torch
+from helpers import RowExact, uniform
+
+import rat_ext
+from rat_ext import _build, radius
+from rat_ext._build import core
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = test_core.DTYPES
+ORDERS = [1, 2, 3]
+"""How the host build orders a block's threads between two barriers."""
+
+
+@pytest.fixture(scope="session")
+def on_host() -> ModuleType:
+    """The core with the CUDA kernels' bodies in place of the CPU's loops."""
+    pybind11 = pytest.importorskip("pybind11", reason="building the host build needs pybind11")
+    # The tools may be beside a Python whose environment is not activated.
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    cmake = shutil.which("cmake", path=path)
+    if cmake is None or shutil.which("ninja", path=path) is None:
+        pytest.skip("building the host build needs cmake and ninja")
+    build = ROOT / "build" / f"on-host-{sys.implementation.cache_tag}"
+    options = ["-DRAT_EXT_CUDA=OFF", "-DRAT_EXT_KERNELS_ON_HOST=ON", "-DRAT_EXT_WERROR=ON"]
+    python = [f"-DPython_EXECUTABLE={sys.executable}", "-DPYBIND11_FINDPYTHON=ON"]
+    pybind = f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
+    configure = [cmake, f"-S{ROOT}", f"-B{build}", "-GNinja", *options, *python, pybind]
+    for command in (configure, [cmake, "--build", build, "--target", "_on_host"]):
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PATH": path}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    (library,) = build.glob("_on_host*.so")
+    spec = importlib.util.spec_from_file_location("_on_host", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def new_state(module: ModuleType, n: int, classes: int, dtype: torch.dtype, probes: int = 1):
+    brackets = torch.zeros(n, len(test_core.COLUMN), dtype=dtype)
+    gaps = torch.zeros(n, core.KNOTS * classes, dtype=dtype)
+    radii = torch.zeros(n, probes, dtype=dtype)
+    options = {"rtol": 1e-2, "eps_max": 1.0, "eps_min": 2.0**-24, "temperature": 0.7}
+    return module.State(brackets, gaps, radii, **options, bisect=False), brackets, gaps, radii
+
+
+# The tests of the core's operations hold for the kernels as well.
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_core.test_perturb_gathers_moves_and_clips,
+        test_core.test_aim_takes_signs_and_the_slope_of_what_can_move,
+        test_core.test_inspect_flags_each_row,
+    ],
+    ids=lambda test: test.__name__,
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_pass_the_tests_of_the_core(test, dtype, on_host, monkeypatch):
+    monkeypatch.setattr(test_core, "core", on_host)
+    if test is test_core.test_perturb_gathers_moves_and_clips:
+        for layout in range(3):
+            test(dtype, layout)
+    else:
+        test(dtype)
+
+
+def test_compact_and_ties_pass_the_tests_of_the_core(on_host, monkeypatch):
+    monkeypatch.setattr(test_core, "core", on_host)
+    test_core.test_compact_keeps_active_rows_in_order()
+    test_core.test_ties_go_to_the_smallest_class()
+    test_core.test_logits_that_are_not_finite_fail_their_row_only(math.nan)
+    for dtype in DTYPES:
+        test_core.test_seed_keeps_its_precision_where_the_model_is_confident(dtype)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("n", [1, 31, 33, 1024, 1025, 3000])
+def test_compact_is_stable_at_every_size(n, order, on_host):
+    generator = torch.Generator().manual_seed(n)
+    state, brackets, *_ = new_state(on_host, n, 2, torch.float32)
+    status = torch.randint(0, 2, (n,), generator=generator)
+    brackets[:, test_core.COLUMN["status"]] = status.float()
+    index = torch.randperm(n, generator=generator).int()
+    kept = [i for i in index.tolist() if status[i] == core.ACTIVE]
+    count = torch.empty(1, dtype=torch.int32)
+    on_host.compact(index, state, index, count, threads=order)
+    assert count.item() == len(kept)
+    assert index[: len(kept)].tolist() == kept
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("elements", [1, 7, 8, 105, 1024, 5003])
+@pytest.mark.parametrize("probes", [1, 3])
+def test_perturb_at_every_alignment(dtype, elements, probes, on_host):
+    """Rows that start anywhere within 16 bytes, and nothing written outside of them."""
+    for x_shift, out_shift, order in [(0, 0, 1), (1, 1, 2), (3, 3, 3), (2, 0, 1), (0, 5, 2)]:
+        n, slots = 5, 4
+        x = uniform(1, x_shift + n * elements, dtype=dtype)[0, x_shift:].view(n, elements)
+        generator = torch.Generator().manual_seed(elements)
+        shape = (x_shift + n * elements,)
+        d = torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8)
+        d = d[x_shift:].view(n, elements)
+        index = torch.tensor([4, 2, 0, 4], dtype=torch.int32)
+        radii = uniform(n, probes, seed=2, dtype=test_core.WIDE[dtype])
+        results = []
+        for module, where in ((core, 1), (on_host, order)):
+            memory = torch.full((slots * probes * elements + 64,), 7.0, dtype=dtype)
+            out = memory[out_shift : out_shift + slots * probes * elements]
+            out = out.view(slots * probes, elements)
+            module.perturb(x, d, index, radii, 0.1, 0.9, out, threads=where)
+            results.append(memory)
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [2, 3, 31, 33, 129, 1000, 50_000])
+@pytest.mark.parametrize("probes", [1, 3])
+def test_start_and_advance_agree_with_the_core(dtype, classes, probes, on_host):
+    wide = test_core.WIDE[dtype]
+    n, rounds = (3, 2) if classes > 10_000 else (6, 4)
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(n, classes + 1, generator=generator).to(dtype)[:, :classes]  # strided
+    index = torch.arange(n, dtype=torch.int32)
+    drift = torch.randn(n, 1, classes, generator=generator)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if wide == torch.float32 else {}
+    sides = []
+    for module in (core, on_host):
+        state, brackets, _, radii = new_state(module, n, classes, wide, probes)
+        seed = torch.empty(n, classes, dtype=dtype)
+        module.start(logits, seed, state, 0)
+        sides.append((module, state, brackets, radii, seed))
+    torch.testing.assert_close(sides[0][4], sides[1][4])
+    for module, state, *_ in sides:
+        x = uniform(n, 37, dtype=dtype)
+        gradient = torch.linspace(-1, 1, n * 37).view(n, 37).to(dtype)
+        module.aim(gradient, x, torch.empty(n, 37, dtype=torch.int8), 0.0, 1.0, state, 0)
+    for turn in range(rounds):
+        torch.testing.assert_close(sides[0][2], sides[1][2], equal_nan=True, **tolerance)
+        torch.testing.assert_close(sides[0][3], sides[1][3], **tolerance)
+        sides[1][3].copy_(sides[0][3])  # so that rounding does not grow from round to round
+        sides[1][2].copy_(sides[0][2])
+        for module, state, _, radii, _ in sides:
+            moved = logits[:, None].float() + 40 * radii[:, :, None].float() * drift
+            moved = moved.flatten(0, 1).to(dtype)
+            module.advance(moved, index, state, threads=1 + turn % len(ORDERS))
+    assert (sides[0][2][:, test_core.COLUMN["rows"]] > 0).sum() == n
+
+
+@pytest.mark.parametrize("classes", [2, 10, 200])
+def test_the_order_of_threads_changes_no_bit(classes, on_host):
+    """It would where a barrier is missing."""
+    results = []
+    for order in ORDERS:
+        state, brackets, gaps, radii = new_state(on_host, 4, classes, torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(4, classes, generator=generator)
+        seed = torch.empty_like(logits)
+        on_host.start(logits, seed, state, 0, threads=order)
+        x = uniform(4, 5000, dtype=torch.float32)
+        gradient = torch.randn(x.shape, generator=generator)
+        direction = torch.empty(x.shape, dtype=torch.int8)
+        on_host.aim(gradient, x, direction, 0.0, 1.0, state, 0, threads=order)
+        index = torch.arange(4, dtype=torch.int32)
+        for _ in range(4):
+            moved = torch.randn(4, classes, generator=generator)
+            on_host.advance(moved, index, state, threads=order)
+        results.append(torch.cat([t.flatten() for t in (brackets, gaps, radii, seed)]))
+    assert torch.equal(results[0].nan_to_num(), results[1].nan_to_num())
+    assert torch.equal(results[0].nan_to_num(), results[2].nan_to_num())
+
+
+@pytest.mark.parametrize("options", [{}, {"probes": 3}, {"method": "fast"}, {"search": "bisect"}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_whole_search_on_the_kernels(options, dtype, on_host, monkeypatch):
+    model, x = RowExact(), uniform(7, 12, dtype=dtype)
+    expected = rat_ext.robust_radius(model, x, full=True, **options)
+    monkeypatch.setattr(radius, "core", on_host)
+    actual = rat_ext.robust_radius(model, x, full=True, **options)
+    assert torch.equal(actual.found, expected.found)
+    assert torch.equal(actual.prediction, expected.prediction)
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-2
+    torch.testing.assert_close(actual.radius, expected.radius, rtol=tolerance, atol=1e-6)
+
+
+# --- What the library holds -----------------------------------------------------------------------
+
+_STATE_AND_ELEMENT = ["dd", "ff", "fNS_4HalfE", "fNS_8BFloat16E"]
+KERNELS = {
+    **dict.fromkeys(
+        ["Inspect", "Start", "Aim", "Perturb", "Advance", "Extrapolate"], _STATE_AND_ELEMENT
+    ),
+    "Compact": ["d", "f"],
+}
+"""The kernels and the types, mangled, for which each must be there."""
+
+
+def test_every_kernel_is_built_for_every_architecture():
+    archs = _build.build_info().cuda_archs
+    if not archs:
+        pytest.skip("the core was built without CUDA")
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("cuobjdump, which lists the kernels of a library, is not on PATH")
+
+    def listing(option: str) -> str:
+        command = [cuobjdump, option, _build.core.__file__]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    machine = {a for a in archs if a.startswith("sm_")}
+    found: dict[str, set[str]] = {}
+    arch = ""
+    for line in listing("-res-usage").splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\w+)", line):
+            found.setdefault(arch, set()).add(match[1])
+    assert set(found) == machine
+    for names in found.values():
+        for kernel, types in KERNELS.items():
+            for type_ in types:
+                pattern = re.compile(rf"{len(kernel)}{kernel}I{type_}")
+                assert any(map(pattern.search, names)), f"{kernel}<{type_}> in {names}"
+    assert ("compute" in " ".join(archs)) == bool(listing("--list-ptx").strip())
