@@ -322,10 +322,22 @@ def _import_torchvision() -> Any:
 
 
 def batches(
-    data: Dataset, index: Sequence[Sequence[int]], workers: int, device: torch.device
+    data: Dataset,
+    index: Sequence[Sequence[int]],
+    workers: int,
+    device: torch.device,
+    seed: int = 0,
 ) -> DataLoader:
-    """Loads the batches of these indices, in this order, for a model on the device."""
-    common: dict[str, Any] = {"num_workers": workers, "pin_memory": device.type == "cuda"}
+    """Loads the batches of these indices, in this order, for a model on the device.
+
+    The seed is that of the transforms which the workers may apply; the global random state is not
+    used.
+    """
+    common: dict[str, Any] = {
+        "num_workers": workers,
+        "pin_memory": device.type == "cuda",
+        "generator": torch.Generator().manual_seed(seed),
+    }
     if isinstance(data, Images):  # takes a list of indices: no collating of single samples
         return DataLoader(data, sampler=index, batch_size=None, **common)
     return DataLoader(data, batch_sampler=index, **common)

@@ -200,12 +200,13 @@ class _Run:
     def train_epoch(self, workers: int, bar: Any) -> dict[str, float]:
         """One epoch, whose random numbers depend on the recipe's seed and the epoch alone."""
         seed = self.recipe.seed * 1_000_003 + self.epoch
-        torch.manual_seed(seed * 1009 + self.rank)  # of dropout and mixup
+        own_seed = seed * 1009 + self.rank
+        torch.manual_seed(own_seed)  # of dropout, mixup and the data set's transforms
         common = torch.Generator(self.device).manual_seed(seed)  # the same in all processes
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
         whole = order[: self.batches_per_epoch * self.batch_size].view(-1, self.batch_size)
         share = slice(self.rank, None, self.world)
-        loader = batches(self.data, whole[:, share].tolist(), workers, self.device)
+        loader = batches(self.data, whole[:, share].tolist(), workers, self.device, own_seed)
 
         self.parallel.train()
         totals = torch.zeros(3, device=self.device)  # loss, right ones, samples

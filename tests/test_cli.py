@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import rat_ext
-from rat_ext import cli
+from rat_ext import cli, demo, models
 
 PROGRAM = "import sys; from rat_ext.cli import main; sys.exit(main())"
 
@@ -29,11 +32,15 @@ def test_info() -> None:
     assert result.stderr == ""
 
 
-def test_usage_errors() -> None:
-    for arguments, message in ((["demo", "--seeds"], "--seeds"), ([], "COMMAND"), (["x"], "x")):
-        result = run_program(*arguments)
-        assert result.returncode == 2
-        assert message in result.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["demo", "--seeds"], "--seeds"), ([], "COMMAND"), (["x"], "'x'")]
+)
+def test_usage_errors(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -104,10 +111,161 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (out / "overview.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_is_reproducible(tmp_path: Path) -> None:
-    for name in "ab":
-        assert (
-            cli.main(["demo", "--out", str(tmp_path / name), "--seeds", "3", "--epochs", "1"]) == 0
-        )
-    first, second = (json.loads((tmp_path / n / "results.json").read_text())["runs"] for n in "ab")
-    assert first == second
+def test_demo_is_reproducible() -> None:
+    settings = demo.Settings(seeds=(3,), epochs=2)
+    first, second = (demo.run(settings, progress=False) for _ in range(2))
+    assert [outcome.metrics for outcome in first] == [outcome.metrics for outcome in second]
+
+
+# --- Training and evaluating ----------------------------------------------------------------------
+
+TRAIN = [
+    "train", "--data", "digits", "--model", "digits-cnn", "--optimizer", "adamw", "--lr", "3e-3",
+    "--batch-size", "50", "--eps", "0.05", "--mixup", "0.2", "--threads", "1",
+]  # fmt: skip
+EVALUATE = [
+    "evaluate", "--data", "digits", "--scores", "msr", "odin", "rr-fast", "rr-bs", "--splits", "2",
+    "--tune", "temperature", "--threads", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a training run."""
+    out = tmp_path_factory.mktemp("trained")
+    assert cli.main([*TRAIN, "--out", str(out), "--epochs", "12"]) == 0
+    return out
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> None:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def results_of(out: Path) -> dict:
+    """The results of an evaluation without its run times."""
+    results = json.loads((out / "results.json").read_text())
+    for score in results["scores"].values():
+        assert score.pop("milliseconds") > 0
+    return results
+
+
+def test_train_then_evaluate(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (trained / "history.csv").read_text().count("\n") == 13
+    checkpoint = ["--checkpoint", str(trained / "model.pt")]
+    assert cli.main([*EVALUATE, *checkpoint, "--out", str(tmp_path)]) == 0
+    results = results_of(tmp_path)
+    assert results["images"] == 1297
+    assert results["accuracy"] > 0.85
+    assert results["title"] == "Misclassification detection: digits-cnn on digits"
+    printed = capsys.readouterr().out
+    for name in ("msr", "odin", "rr-fast", "rr-bs"):
+        auroc = [split["auroc"] for split in results["scores"][name]["splits"]]
+        assert min(auroc) > 0.7
+        assert f"{50 * sum(auroc):.2f} ±" in printed
+
+
+def test_two_processes_evaluate_like_one(trained: Path, tmp_path: Path) -> None:
+    shared = [*EVALUATE, "--scores", "msr", "rr-fast", "--device", "cpu"]
+    shared += ["--checkpoint", str(trained / "model.pt"), "--out"]
+    assert cli.main([*shared, str(tmp_path / "one")]) == 0
+    run = "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "-m", "rat_ext"
+    run = [sys.executable, "-m", *run, *shared, str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(run, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Report: ") == 1
+    assert results_of(tmp_path / "two") == results_of(tmp_path / "one")
+
+
+def test_train_goes_on_after_a_kill(tmp_path: Path) -> None:
+    options = [*TRAIN, "--epochs", "20", "--out"]
+    program = [sys.executable, "-m", "rat_ext", *options, str(tmp_path / "killed")]
+    process = subprocess.Popen(program, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed/history.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = len((tmp_path / "killed/history.csv").read_text().splitlines()) - 1
+    assert 1 <= done < 20
+
+    for name in ("killed", "whole"):
+        assert cli.main([*options, str(tmp_path / name)]) == 0
+    killed, whole = (
+        torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("killed", "whole")
+    )
+    assert killed.keys() == whole.keys()
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(killed["state_dict"][key], value), key
+    histories = [(tmp_path / name / "history.csv").read_text() for name in ("killed", "whole")]
+    assert histories[0] == histories[1]
+
+
+def test_an_interrupt_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rat_ext.training.train", interrupt)
+    assert cli.main([*TRAIN, "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.endswith("; the same command goes on from the last epoch\n")
+
+
+def test_fine_tuning_starts_from_the_checkpoint(trained: Path, tmp_path: Path) -> None:
+    start = ["--from", str(trained / "model.pt"), "--out", str(tmp_path)]
+    assert cli.main([*TRAIN, *start, "--epochs", "1", "--lr", "1e-9"]) == 0
+    first, last = (
+        torch.load(folder / "model.pt", weights_only=True)["state_dict"]
+        for folder in (trained, tmp_path)
+    )
+    for key, value in first.items():
+        torch.testing.assert_close(last[key], value, rtol=0, atol=1e-6)
+
+
+def test_logs_for_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert cli.main([*TRAIN, "--out", str(tmp_path), "--epochs", "1", "--tensorboard"]) == 0
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("train", ["--model", "resnet21"], "no model is named 'resnet21'"),
+        ("train", ["--data", "mnist"], "no data set is named 'mnist'"),
+        ("train", ["--loss", "mse"], "loss is 'mse'"),
+        ("train", ["--from", "absent.pt"], "there is no checkpoint absent.pt"),
+        ("train", ["--limit", "0"], "limit is 0"),
+        ("train", ["--device", "abacus"], "device is 'abacus'"),
+        ("evaluate", [], "give the --checkpoint of the model, or --pretrained"),
+        ("evaluate", ["--checkpoint", "absent.pt"], "there is no checkpoint absent.pt"),
+        ("evaluate", ["--scores", "mrs"], "no score is named 'mrs'"),
+    ],
+)
+def test_errors_of_train_and_evaluate(
+    command: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = {"train": TRAIN, "evaluate": EVALUATE}[command]
+    assert cli.main([*common, *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"rat-ext {command}: error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_does_not_name_its_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(models.create("digits-cnn").state_dict(), path)
+    arguments = [*EVALUATE, "--checkpoint", str(path), "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 2
+    assert "does not name its model: give --model" in capsys.readouterr().err
