@@ -1,0 +1,110 @@
+"""The benchmarks run, and what they report is what happened."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+TRUE_SEARCHES = ("rat_ext bs", "rat_ext bs 2^-12", "rat_ext bisect", "fixed ray", "textbook")
+
+
+@pytest.fixture(scope="module")
+def throughput():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import throughput
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return throughput
+
+
+@pytest.fixture
+def mlp(throughput, tmp_path):
+    """A frozen float32 model and its inputs."""
+    return throughput.build("mlp", tmp_path, 6)
+
+
+def test_writes_a_table_and_results_of_every_contender(throughput, tmp_path, capsys):
+    arguments = ["--models", "mlp", "--batches", "2", "4", "--samples", "4", "--rounds", "2"]
+    throughput.main([*arguments, "--shared", str(tmp_path), "--out", str(tmp_path / "results")])
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "results" / "throughput.json").read_text())["results"]
+    assert [result["batch"] for result in results] == [2, 4]
+    for result in results:
+        contenders = result["contenders"]
+        assert contenders.keys() | result["skipped"].keys() == throughput.CONTENDERS.keys()
+        assert all(name in printed for name in throughput.CONTENDERS)
+        for name in TRUE_SEARCHES:
+            assert contenders[name]["agree"] == 1
+            assert contenders[name]["wrong"] == 0
+            assert len(contenders[name]["seconds"]) == result["rounds"]
+        assert contenders["rat_ext bs"]["times_ours"] == 1
+        assert contenders["textbook"]["rows_mean"] == 48
+        assert 0 < result["outside_model"] < 1
+    assert (tmp_path / "results" / "throughput.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", [*TRUE_SEARCHES, "rat_ext fast", "foolbox", "torchattacks"])
+def test_rows_are_those_that_the_model_sees(throughput, mlp, name):
+    package = throughput.CONTENDERS[name].needs
+    if package and not importlib.util.find_spec(package):
+        pytest.skip(f"{package} is not installed")
+    model, x = mlp
+    seen = []
+    model.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    _, rows = throughput.CONTENDERS[name].run(model, x, 4)
+    assert sum(seen) == len(x) + rows.sum()
+
+
+@pytest.mark.parametrize("name", ["foolbox", "torchattacks"])
+def test_peers_find_the_textbook_radii(throughput, mlp, name):
+    pytest.importorskip(name)
+    radii, _ = throughput.CONTENDERS[name].run(*mlp, 4)
+    expected, _ = throughput.CONTENDERS["textbook"].run(*mlp, 4)
+    torch.testing.assert_close(radii, expected, rtol=1e-5, atol=0)
+
+
+def test_oracle_tells_wrong_radii(throughput, mlp):
+    model, x = mlp
+    oracle = throughput.Oracle(model, x)
+    radii = oracle.first(3, 4)
+    torch.testing.assert_close(oracle.first(len(x), 4)[:3], radii)
+    everyone = torch.arange(3)
+    assert oracle.wrong(radii, everyone, 1e-2) == 0
+    assert oracle.wrong(radii * torch.tensor([1, 0.9, 1.1]), everyone, 1e-2) == 2
+    assert oracle.wrong(torch.full((3,), torch.inf), everyone, 1e-2) == 3
+
+
+def test_dear_contenders_are_left_out_with_a_reason(throughput):
+    names = ["forward", "rat_ext bs", "textbook"]
+    assert throughput.plan(names, 1e-3, 5, 60) == (names, 5, {})
+    taken, rounds, skipped = throughput.plan(names, 1.0, 5, 150)
+    assert (taken, rounds) == (["forward", "rat_ext bs"], 2)
+    assert "90 s" in skipped["textbook"]
+    assert throughput.plan(names, 100.0, 5, 1)[:2] == ([], 0)
+
+
+def test_allocations_outside_the_model_are_counted(throughput):
+    class Wasteful(nn.Module):
+        def forward(self, x):
+            return torch.stack([x.repeat(1, 50).sum(1), x.sum(1)], 1)
+
+    x = torch.rand(64, 16)
+    watched = throughput.Watched(Wasteful())
+    allocations = throughput.Allocations(watched, x)
+    with allocations:
+        for _ in range(3):
+            moved = x + 1
+            watched(moved.view(64, 16))
+            del moved
+        kept = [x * 2, x * 3]
+    assert allocations.peak == 2 * x.nbytes
+    assert len(kept) == 2
+    assert watched.seconds > 0
