@@ -316,9 +316,9 @@ def build(name: str, shared: Path, samples: int) -> tuple[nn.Module, Tensor]:
 
 def forward_seconds(model: nn.Module, x: Tensor, batch: int) -> float:
     """About how long a forward of all of x takes, from a small one."""
-    few = x[: min(batch, 4)]
+    few = x[: min(batch, 16)]
     seconds = []
-    for _ in range(3):
+    for _ in range(2):
         start = time.perf_counter()
         floor_forward(model, few, batch)
         seconds.append(time.perf_counter() - start)
@@ -326,26 +326,28 @@ def forward_seconds(model: nn.Module, x: Tensor, batch: int) -> float:
 
 
 def plan(
-    names: list[str], seconds_forward: float, rounds: int, seconds: float
-) -> tuple[list[str], int, dict[str, str]]:
-    """The contenders that fit in `seconds`, how many rounds of them, and why others do not."""
+    names: list[str], seconds_forward: float, seconds: float
+) -> tuple[list[str], dict[str, str]]:
+    """The contenders of which a round fits in `seconds`, and why others are left out."""
     skipped = {}
     for name in names:
         package = CONTENDERS[name].needs
         if package and not importlib.util.find_spec(package):
             skipped[name] = f"{package} is not installed (pip install 'rat-ext[bench]')"
     taken = [name for name in names if name not in skipped]
-    once = ORACLE_FORWARDS + 2 * CONTENDERS[MAIN].forwards  # memory, and a first run
+    # Beside the contenders: the oracle, and MAIN to warm up, for the time outside and the memory.
+    fixed = ORACLE_FORWARDS + 3 * CONTENDERS[MAIN].forwards
     while taken:
-        each = sum(CONTENDERS[name].forwards for name in taken) + CONTENDERS[MAIN].forwards
-        fitting = int((seconds / seconds_forward - once) / each)
-        if fitting >= 1:
-            return taken, min(rounds, fitting), skipped
+        forwards = fixed + sum(CONTENDERS[name].forwards for name in taken)
+        if forwards * seconds_forward <= seconds:
+            break
         dearest = max(reversed(taken), key=lambda name: CONTENDERS[name].forwards)
         taken.remove(dearest)
-        needed = CONTENDERS[dearest].forwards * seconds_forward
-        skipped[dearest] = f"a round of it takes about {needed:.0f} s; raise --minutes"
-    return [], 0, skipped
+        skipped[dearest] = (
+            f"a round with it takes about {forwards * seconds_forward:.0f} s of the "
+            f"{seconds:.0f} s that there are; raise --minutes"
+        )
+    return taken, skipped
 
 
 def measure(
@@ -359,18 +361,22 @@ def measure(
     seconds: float,
 ) -> dict[str, Any]:
     """All that is measured of one model at one batch size."""
-    taken, rounds, skipped = plan(contenders, forward_seconds(model, x, batch), rounds, seconds)
+    start = time.perf_counter()
+    taken, skipped = plan(contenders, forward_seconds(model, x, batch), seconds)
     result: dict[str, Any] = {"model": name, "batch": batch, "samples": len(x), "skipped": skipped}
     if not taken:
         return result | {"rounds": 0, "contenders": {}}
     times: dict[str, list[float]] = {contender: [] for contender in taken}
     outside, radii = [], {}
     floor_backward(model, x[:batch], batch)  # the first run warms up
-    CONTENDERS[MAIN].run(model, x, batch)
-    start = time.perf_counter()
+    CONTENDERS[MAIN].run(model, x[:batch], batch)
     steps = rounds * len(taken) + 2
     with tqdm(total=steps, desc=f"{name}, batch {batch}", unit="run", leave=False) as bar:
-        while len(outside) < rounds:
+        bar.set_postfix_str("float64")
+        expected = oracle.first(len(x), batch)
+        bar.update()
+        for _ in range(rounds):
+            round_start = time.perf_counter()
             for contender in taken:
                 bar.set_postfix_str(contender)
                 begin = time.perf_counter()
@@ -378,12 +384,9 @@ def measure(
                 times[contender].append(time.perf_counter() - begin)
                 bar.update()
             outside.append(share_outside(model, x, batch))
-            elapsed = time.perf_counter() - start
-            if elapsed * (1 + 1 / len(outside)) > seconds:  # the plan was too hopeful
+            now = time.perf_counter()
+            if 2 * now - round_start - start > seconds:  # the next round would end too late
                 break
-        bar.set_postfix_str("float64")
-        expected = oracle.first(len(x), batch)
-        bar.update()
         memory = extra_memory(model, x, batch)
         bar.update()
     rows = {}
@@ -503,6 +506,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, help="default one batch, but at least 4 samples")
     parser.add_argument("--rounds", type=int, default=5, help="at most")
     parser.add_argument("--minutes", type=float, default=9, help="for the whole run")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of throughput.json, .png")
     options = parser.parse_args(arguments)
@@ -511,12 +515,14 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     if not (options.shared / "models").is_dir():
         print(f"there is no {options.shared / 'models'}: all models have random weights")
+    dtype = getattr(torch, options.dtype)
     end = time.perf_counter() + 60 * options.minutes
     left = len(options.models) * len(options.batches)
     results: list[dict[str, Any]] = []
     for name in options.models:
         samples = options.samples or max(*options.batches, 4)
         model, x = build(name, options.shared, samples)
+        model, x = model.to(dtype), x.to(dtype)
         oracle = Oracle(model, x)
         for batch in sorted(options.batches):
             count = options.samples or max(batch, 4)
