@@ -84,12 +84,14 @@ def test_oracle_tells_wrong_radii(throughput, mlp):
 
 def test_dear_contenders_are_left_out_with_a_reason(throughput):
     names = ["forward", "rat_ext bs", "textbook"]
-    assert throughput.plan(names, 1e-3, 60) == (names, {})
-    taken, skipped = throughput.plan(names, 1.0, 150)
+    assert throughput.plan(names, 50, 1e-3, 60) == (names, {})
+    taken, skipped = throughput.plan(names, 50, 1.0, 60)
     assert taken == ["forward", "rat_ext bs"]
     assert skipped.keys() == {"textbook"}
-    assert "--minutes" in skipped["textbook"]
-    assert throughput.plan(names, 100.0, 1)[0] == []
+    assert "--seconds" in skipped["textbook"]
+    taken, skipped = throughput.plan(names, 50, 1.0, 55)
+    assert not taken
+    assert skipped.keys() == set(names)
 
 
 def test_allocations_outside_the_model_are_counted(throughput):
