@@ -359,11 +359,13 @@ def measure(
     contenders: list[str],
     rounds: int,
     seconds: float,
+    checked: int,
 ) -> dict[str, Any]:
     """All that is measured of one model at one batch size."""
     start = time.perf_counter()
     # Beside the contenders: the oracle, and MAIN to warm up, for the time outside and the memory.
-    fixed = ORACLE_FORWARDS * (1 - len(oracle.radii) / len(x)) + 3 * CONTENDERS[MAIN].forwards
+    unknown = max(0, checked - len(oracle.radii)) / len(x)
+    fixed = ORACLE_FORWARDS * unknown + 3 * CONTENDERS[MAIN].forwards
     taken, skipped = plan(contenders, fixed, forward_seconds(model, x, batch), seconds)
     result: dict[str, Any] = {"model": name, "batch": batch, "samples": len(x), "skipped": skipped}
     if not taken:
@@ -375,7 +377,7 @@ def measure(
     steps = rounds * len(taken) + 2
     with tqdm(total=steps, desc=f"{name}, batch {batch}", unit="run", leave=False) as bar:
         bar.set_postfix_str("float64")
-        expected = oracle.first(len(x), batch)
+        expected = oracle.first(checked, batch)
         bar.update()
         for _ in range(rounds):
             round_start = time.perf_counter()
@@ -403,6 +405,7 @@ def measure(
         rows[contender] = row
     return result | {
         "rounds": len(outside),
+        "checked": len(expected),
         "found": float(expected.isfinite().double().mean()),
         "outside_model": statistics.median(outside),
         "extra_memory": memory,
@@ -413,8 +416,8 @@ def measure(
 def _quality(
     radii: Tensor, forward_rows: Tensor, expected: Tensor, oracle: Oracle, contender: Contender
 ) -> dict[str, float]:
-    tolerance = 2 * contender.rtol
-    agree = torch.isclose(radii.double(), expected, rtol=tolerance, atol=0)
+    radii = radii[: len(expected)]
+    agree = torch.isclose(radii.double(), expected, rtol=2 * contender.rtol, atol=0)
     return {
         "rows_mean": float(forward_rows.double().mean()),
         "rows_p95": float(forward_rows.double().quantile(0.95)),
@@ -431,7 +434,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['model']}, batch {result['batch']}: {result['samples']} samples"]
     if result["contenders"]:
         lines[0] += (
-            f" ({result['found']:.0%} found), {result['rounds']} rounds; of rat_ext bs "
+            f", {result['checked']} checked ({result['found']:.0%} found), "
+            f"{result['rounds']} rounds; of rat_ext bs "
             f"{result['outside_model']:.1%} of the time is outside the model, and the extra memory "
             f"is {result['extra_memory']:.2f} x the input"
         )
@@ -508,14 +512,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 128], metavar="N")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--samples", type=int, help="default one batch, but at least 4 samples")
+    parser.add_argument("--checked", type=int, help="samples checked in float64; default all")
     parser.add_argument("--rounds", type=int, default=3, help="at most")
     parser.add_argument("--seconds", type=float, default=75, help="most for a model and batch")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of throughput.json, .png")
     options = parser.parse_args(arguments)
-    if min(*options.batches, options.samples or 1, options.rounds, options.threads) < 1:
-        parser.error("--batches, --samples, --rounds and --threads must be at least 1")
+    positive = options.samples or 1, options.checked or 1, options.rounds, options.threads
+    if min(*options.batches, *positive) < 1:
+        parser.error("--batches, --samples, --checked, --rounds and --threads must be at least 1")
     torch.set_num_threads(options.threads)
     if not (options.shared / "models").is_dir():
         print(f"there is no {options.shared / 'models'}: all models have random weights")
@@ -529,7 +535,7 @@ def main(arguments: list[str] | None = None) -> None:
         for batch in sorted(options.batches):
             count = options.samples or max(batch, 4)
             names = options.contenders or list(CONTENDERS)
-            limits = options.rounds, options.seconds
+            limits = options.rounds, options.seconds, min(options.checked or count, count)
             results.append(measure(name, model, x[:count], oracle, batch, names, *limits))
             print(table(results[-1]), flush=True)
             save(results, options.out)

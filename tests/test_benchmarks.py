@@ -32,12 +32,25 @@ def mlp(throughput, tmp_path):
 
 
 def test_writes_a_table_and_results_of_every_contender(throughput, tmp_path, capsys):
-    arguments = ["--models", "mlp", "--batches", "2", "4", "--samples", "4", "--rounds", "2"]
+    arguments = [
+        "--models",
+        "mlp",
+        "--batches",
+        "2",
+        "4",
+        "--samples",
+        "4",
+        "--rounds",
+        "2",
+        "--checked",
+        "3",
+    ]
     throughput.main([*arguments, "--shared", str(tmp_path), "--out", str(tmp_path / "results")])
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "results" / "throughput.json").read_text())["results"]
     assert [result["batch"] for result in results] == [2, 4]
     for result in results:
+        assert result["checked"] == 3
         contenders = result["contenders"]
         assert contenders.keys() | result["skipped"].keys() == throughput.CONTENDERS.keys()
         assert all(name in printed for name in throughput.CONTENDERS)
