@@ -344,7 +344,7 @@ def plan(
         if needed <= seconds:
             break
         dearest = max(reversed(taken), key=lambda name: CONTENDERS[name].forwards)
-        for name in taken if dearest == MAIN else [dearest]:
+        for name in names if dearest == MAIN else [dearest]:
             skipped[name] = f"it would take about {needed:.0f} s; raise --seconds"
         taken = [name for name in taken if name not in skipped]
     return taken, skipped
