@@ -1,166 +1,303 @@
 // The kernels' bodies on the CPU, for tests: these stand in for cpu/ops.cpp in a module of its own,
-// so that the Python tests drive them as they drive the core (see RAT_EXT_KERNELS_ON_HOST
-// in CMakeLists.txt).
+// so that the Python tests drive them as they drive the core (see RAT_EXT_KERNELS_ON_HOST in
+// CMakeLists.txt).
 //
-// The threads of a block are coroutines that run one after the other from barrier to barrier. So a
-// barrier that only some of them reach is an error here, not a hang, and the order in which they
-// run between two barriers can be turned: a result that depends on it shows a missing barrier.
+// `threads`, which means nothing here, chooses the order in which a block's threads run: 1
+// ascending, 2 descending, else shuffled by that seed. In every order each warp runs as far ahead
+// of the others as the barriers let it, and each thread as far ahead of its warp: where a barrier
+// is missing, what it should have waited for has not happened at all.
 #include <ucontext.h>
 
-#include <array>
+#include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "launches.h"
 
-namespace rat::cpu {
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace rat::cuda {
 namespace {
 
-constexpr int kStack = 64 * 1024;
+constexpr size_t kStackBytes = size_t{1} << 17;
+constexpr int64_t kMaxBlocks = 3;  // so that the loops over the grid take several turns
 
-struct Threads {
-  int count = 0, running = 0;
-  int64_t block = 0, blocks = 0;
-  std::vector<ucontext_t> contexts;
-  std::vector<std::vector<char>> stacks;
-  std::vector<char> done;
-  std::vector<std::array<char, cuda::kScratchPerWarp>> exchanged;
-  alignas(16) char scratch[cuda::kScratch];
-  ucontext_t scheduler;
-  void (*entry)(const void*, Threads*) = nullptr;
-  const void* body = nullptr;
-
-  void wait() { swapcontext(&contexts[running], &scheduler); }
+struct Barrier {
+  int expected = 0;
+  int arrived = 0;
+  uint64_t generation = 0;
 };
 
-thread_local Threads* current = nullptr;
+// A thread of the block: a coroutine that runs until it has to wait for others.
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  void* fake_stack = nullptr;  // AddressSanitizer's
+  const Barrier* barrier = nullptr;
+  uint64_t generation = 0;
+  bool done = false;
+  int turn = 0;  // which of the two exchange slots is next
 
+  bool blocked() const { return barrier != nullptr && barrier->generation == generation; }
+};
+
+class Block {
+ public:
+  struct Slot {
+    alignas(16) unsigned char bytes[kScratchPerWarp];
+  };
+
+  Block(int threads, int order)
+      : fibers_(static_cast<size_t>(threads)),
+        exchange_(2 * static_cast<size_t>(threads)),
+        warps_(static_cast<size_t>(threads / kWarp)),
+        warp_order_(warps_.size()),
+        lane_order_(kWarp),
+        order_(order),
+        random_(static_cast<unsigned>(order)) {
+    all_.expected = threads;
+    for (Barrier& warp : warps_) warp.expected = kWarp;
+    for (std::vector<int>* list : {&warp_order_, &lane_order_}) {
+      std::iota(list->begin(), list->end(), 0);
+      if (order_ == 2) std::reverse(list->begin(), list->end());
+    }
+  }
+
+  int threads() const { return static_cast<int>(fibers_.size()); }
+  Slot* scratch() { return scratch_; }
+  Slot& slot(int turn, int rank) { return exchange_[static_cast<size_t>(turn * threads() + rank)]; }
+  Fiber& fiber(int rank) { return fibers_[static_cast<size_t>(rank)]; }
+
+  void sync(int rank) { wait(rank, all_); }
+  void sync_warp(int rank) { wait(rank, warps_[static_cast<size_t>(rank / kWarp)]); }
+
+  // Calls body(rank) in every thread.
+  template <typename Body>
+  void run(const Body& body) {
+    // Shared memory starts with what an earlier block left.
+    std::memset(static_cast<void*>(scratch_), 0xff, sizeof scratch_);
+    body_ = &body;
+    call_ = [](const void* callable, int rank) { (*static_cast<const Body*>(callable))(rank); };
+    running_ = this;
+    for (Fiber& fiber : fibers_) {
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Block::enter, 0);
+      fiber.barrier = nullptr;
+      fiber.done = false;
+    }
+    finished_ = 0;
+    while (finished_ < threads()) {
+      bool stuck = true;
+      shuffle(warp_order_);
+      for (const int warp : warp_order_) {
+        while (run_warp(warp)) stuck = false;
+      }
+      if (stuck) throw std::logic_error("threads of a block wait at different barriers");
+    }
+  }
+
+ private:
+  void shuffle(std::vector<int>& list) {
+    if (order_ > 2) std::shuffle(list.begin(), list.end(), random_);
+  }
+
+  // Returns whether any of its threads could run.
+  bool run_warp(int warp) {
+    bool ran = false;
+    shuffle(lane_order_);
+    for (const int lane : lane_order_) {
+      current_ = warp * kWarp + lane;
+      Fiber& next = fiber(current_);
+      if (next.done || next.blocked()) continue;
+      switch_to(&main_fake_stack_, &main_, next.context, next.stack.get());
+      finished_ += next.done ? 1 : 0;
+      ran = true;
+    }
+    return ran;
+  }
+
+  void wait(int rank, Barrier& barrier) {
+    if (++barrier.arrived == barrier.expected) {
+      barrier.arrived = 0;
+      ++barrier.generation;
+      return;
+    }
+    fiber(rank).barrier = &barrier;
+    fiber(rank).generation = barrier.generation;
+    leave(rank);
+  }
+
+  static void enter() {
+    Block& block = *running_;
+    finish_switch(nullptr);
+    const int rank = block.current_;
+    block.call_(block.body_, rank);
+    block.fiber(rank).done = true;
+    block.leave(rank);
+  }
+
+  void leave(int rank) {
+    Fiber& self = fiber(rank);
+    switch_to(self.done ? nullptr : &self.fake_stack, &self.context, main_, nullptr);
+  }
+
+#if defined(__SANITIZE_ADDRESS__)
+  void switch_to(void** fake_stack, ucontext_t* from, const ucontext_t& to, const char* stack) {
+    const void* bottom = stack != nullptr ? stack : main_stack_;
+    const size_t size = stack != nullptr ? kStackBytes : main_stack_bytes_;
+    __sanitizer_start_switch_fiber(fake_stack, bottom, size);
+    swapcontext(from, &to);
+    finish_switch(fake_stack != nullptr ? *fake_stack : nullptr);
+  }
+  static void finish_switch(void* fake_stack) {
+    const void* bottom;
+    size_t size;
+    __sanitizer_finish_switch_fiber(fake_stack, &bottom, &size);
+    // A fiber learns here where the main stack is, from which it was entered.
+    if (fake_stack == nullptr) {
+      running_->main_stack_ = bottom;
+      running_->main_stack_bytes_ = size;
+    }
+  }
+  const void* main_stack_ = nullptr;
+  size_t main_stack_bytes_ = 0;
+#else
+  static void switch_to(void**, ucontext_t* from, const ucontext_t& to, const char*) {
+    swapcontext(from, &to);
+  }
+  static void finish_switch(void*) {}
+#endif
+
+  inline static thread_local Block* running_ = nullptr;
+
+  std::vector<Fiber> fibers_;
+  std::vector<Slot> exchange_;
+  std::vector<Barrier> warps_;
+  Barrier all_;
+  Slot scratch_[kMaxThreads / kWarp];
+  std::vector<int> warp_order_, lane_order_;
+  int order_;
+  std::minstd_rand random_;
+  ucontext_t main_;
+  void* main_fake_stack_ = nullptr;
+  int current_ = 0;
+  int finished_ = 0;
+  const void* body_ = nullptr;
+  void (*call_)(const void*, int) = nullptr;
+};
+
+// One thread of a grid. See DeviceThread (launcher.cuh).
 class HostThread {
  public:
-  explicit HostThread(Threads* threads) : threads_(threads), rank_(threads->running) {}
+  HostThread(Block& members, int rank, int64_t block, int64_t blocks)
+      : members_(members), rank_(rank), block_(block), blocks_(blocks) {}
+
   int rank() const { return rank_; }
-  int size() const { return threads_->count; }
-  int64_t block() const { return threads_->block; }
-  int64_t blocks() const { return threads_->blocks; }
-  void sync() const { threads_->wait(); }
-  void* scratch() const { return threads_->scratch; }
+  int size() const { return members_.threads(); }
+  int64_t block() const { return block_; }
+  int64_t blocks() const { return blocks_; }
+  void sync() const { members_.sync(rank_); }
+  void* scratch() const { return members_.scratch(); }
 
   template <typename V>
   V shuffle_xor(V value, int offset) const {
-    std::memcpy(threads_->exchanged[rank_].data(), &value, sizeof value);
-    sync();
-    std::memcpy(&value, threads_->exchanged[rank_ ^ offset].data(), sizeof value);
-    sync();
+    const int turn = publish(value);
+    std::memcpy(&value, members_.slot(turn, rank_ ^ offset).bytes, sizeof value);
     return value;
   }
 
   uint32_t ballot(bool vote) const {
-    uint32_t votes = vote ? uint32_t{1} << rank_ % cuda::kWarp : 0;
-    for (int offset = 1; offset < cuda::kWarp; offset *= 2) votes |= shuffle_xor(votes, offset);
+    const int turn = publish(vote);
+    uint32_t votes = 0;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int other = rank_ - rank_ % kWarp + lane;
+      votes |= uint32_t{members_.slot(turn, other).bytes[0]} << lane;
+    }
     return votes;
   }
 
  private:
-  Threads* threads_;
+  // Shows `value` to the warp, in the slots that are returned. They are not written again before
+  // the warp has met once more, when all have read them.
+  template <typename V>
+  int publish(const V& value) const {
+    static_assert(std::is_trivially_copyable_v<V> && sizeof(V) <= sizeof(Block::Slot));
+    Fiber& self = members_.fiber(rank_);
+    const int turn = self.turn;
+    self.turn ^= 1;
+    std::memcpy(members_.slot(turn, rank_).bytes, &value, sizeof value);
+    members_.sync_warp(rank_);
+    return turn;
+  }
+
+  Block& members_;
   int rank_;
+  int64_t block_, blocks_;
 };
 
-void run_thread() {
-  Threads* threads = current;
-  threads->entry(threads->body, threads);
-  threads->done[threads->running] = 1;
-}  // uc_link goes on with the scheduler
+class HostLauncher {
+ public:
+  explicit HostLauncher(int order) : order_(order) {}
 
-// Runs blocks with the order of threads that `where` picks: 1 forward, 2 backward, else odd ones
-// first.
-struct HostLauncher {
-  int where;
-
-  int turn(int i, int count) const {
-    if (where == 1) return i;
-    if (where == 2) return count - 1 - i;
-    return i < count / 2 ? 2 * i + 1 : 2 * (i - count / 2);
-  }
-
-  template <typename Body>
-  void operator()(const Body& body, int64_t blocks, int count) const {
-    if (count % cuda::kWarp != 0 || count > cuda::kMaxThreads) {
-      throw std::logic_error("threads must be whole warps");
+  template <typename Kernel>
+  void operator()(const Kernel& kernel, int64_t blocks, int threads) const {
+    if (blocks == 0) return;
+    if (blocks < 0 || threads <= 0 || threads > Kernel::kMaxBlock || threads % kWarp != 0) {
+      throw std::logic_error(std::string(Kernel::kName) + " is launched with a block of " +
+                             std::to_string(threads) + " threads");
     }
-    Threads threads;
-    threads.count = count;
-    // Fewer blocks than work in places, so that the walk over the grid is run as well.
-    threads.blocks = blocks > 3 ? (blocks + 1) / 2 : blocks;
-    threads.contexts.resize(count);
-    threads.stacks.assign(count, std::vector<char>(kStack));
-    threads.exchanged.resize(count);
-    threads.body = &body;
-    threads.entry = [](const void* own, Threads* all) {
-      (*static_cast<const Body*>(own))(HostThread(all));
-    };
-    current = &threads;
-    for (threads.block = 0; threads.block < threads.blocks; ++threads.block) {
-      run_block(threads);
+    blocks = std::min(blocks, kMaxBlocks);
+    Block members(threads, order_);
+    for (int64_t block = 0; block < blocks; ++block) {
+      members.run([&](int rank) { kernel(HostThread(members, rank, block, blocks)); });
     }
   }
 
-  void run_block(Threads& threads) const {
-    const int count = threads.count;
-    std::memset(threads.scratch, 0xff, sizeof threads.scratch);
-    threads.done.assign(count, 0);
-    for (int i = 0; i < count; ++i) {
-      ucontext_t& context = threads.contexts[i];
-      getcontext(&context);
-      context.uc_stack.ss_sp = threads.stacks[i].data();
-      context.uc_stack.ss_size = kStack;
-      context.uc_link = &threads.scheduler;
-      makecontext(&context, run_thread, 0);
-    }
-    int finished = 0;
-    while (finished == 0) {
-      for (int i = 0; i < count; ++i) {
-        threads.running = turn(i, count);
-        swapcontext(&threads.scheduler, &threads.contexts[threads.running]);
-        finished += threads.done[threads.running];
-      }
-      if (finished != 0 && finished != count) {
-        throw std::logic_error("some threads of a block ended while others wait at a barrier");
-      }
-    }
-  }
+ private:
+  int order_;
 };
 
 }  // namespace
+}  // namespace rat::cuda
 
-void inspect(int where, RowsView x, Bounds bounds, MatrixView flags) {
-  cuda::inspect(HostLauncher{where}, x, bounds, flags);
+namespace rat::cpu {
+
+using cuda::HostLauncher;
+
+void inspect(int order, RowsView x, Bounds bounds, MatrixView flags) {
+  cuda::inspect(HostLauncher(order), x, bounds, flags);
 }
-
-void start(int where, MatrixView logits, MatrixView seed, const State& state) {
-  cuda::start(HostLauncher{where}, logits, seed, state);
+void start(int order, MatrixView logits, MatrixView seed, const State& state) {
+  cuda::start(HostLauncher(order), logits, seed, state);
 }
-
-void aim(int where, RowsView gradient, RowsView x, RowsView direction, Bounds bounds,
+void aim(int order, RowsView gradient, RowsView x, RowsView direction, Bounds bounds,
          const State& state) {
-  cuda::aim(HostLauncher{where}, gradient, x, direction, bounds, state);
+  cuda::aim(HostLauncher(order), gradient, x, direction, bounds, state);
 }
-
-void perturb(int where, RowsView x, RowsView direction, RowIndex index, MatrixView probes,
+void perturb(int order, RowsView x, RowsView direction, RowIndex index, MatrixView probes,
              Bounds bounds, RowsView out) {
-  cuda::perturb(HostLauncher{where}, x, direction, index, probes, bounds, out);
+  cuda::perturb(HostLauncher(order), x, direction, index, probes, bounds, out);
 }
-
-void advance(int where, MatrixView logits, RowIndex index, const State& state) {
-  cuda::advance(HostLauncher{where}, logits, index, state);
+void advance(int order, MatrixView logits, RowIndex index, const State& state) {
+  cuda::advance(HostLauncher(order), logits, index, state);
 }
-
-void extrapolate(int where, MatrixView logits, RowIndex index, double h, const State& state) {
-  cuda::extrapolate(HostLauncher{where}, logits, index, h, state);
+void extrapolate(int order, MatrixView logits, RowIndex index, double h, const State& state) {
+  cuda::extrapolate(HostLauncher(order), logits, index, h, state);
 }
-
-void compact(int where, RowIndex index, MatrixView brackets, int32_t* active, int32_t* count) {
-  cuda::compact(HostLauncher{where}, index, brackets, active, count);
+void compact(int order, RowIndex index, MatrixView brackets, int32_t* active, int32_t* count) {
+  cuda::compact(HostLauncher(order), index, brackets, active, count);
 }
 
 }  // namespace rat::cpu
