@@ -31,6 +31,8 @@ from rat_ext._build import core
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = test_core.DTYPES
+pytestmark = pytest.mark.core
+
 ORDERS = [1, 2, 3]
 """How the host build orders a block's threads between two barriers."""
 
@@ -44,8 +46,11 @@ def on_host() -> ModuleType:
     cmake = shutil.which("cmake", path=path)
     if cmake is None or shutil.which("ninja", path=path) is None:
         pytest.skip("building the host build needs cmake and ninja")
-    build = ROOT / "build" / f"on-host-{sys.implementation.cache_tag}"
+    sanitize = "sanitizers" in _build.build_info().build_type
+    name = "on-host-sanitized" if sanitize else "on-host"
+    build = ROOT / "build" / f"{name}-{sys.implementation.cache_tag}"
     options = ["-DRAT_EXT_CUDA=OFF", "-DRAT_EXT_KERNELS_ON_HOST=ON", "-DRAT_EXT_WERROR=ON"]
+    options.append(f"-DRAT_EXT_SANITIZE={'ON' if sanitize else 'OFF'}")
     python = [f"-DPython_EXECUTABLE={sys.executable}", "-DPYBIND11_FINDPYTHON=ON"]
     pybind = f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
     configure = [cmake, f"-S{ROOT}", f"-B{build}", "-GNinja", *options, *python, pybind]
@@ -171,7 +176,7 @@ def test_start_and_advance_agree_with_the_core(dtype, classes, probes, on_host):
     assert (sides[0][2][:, test_core.COLUMN["rows"]] > 0).sum() == n
 
 
-@pytest.mark.parametrize("classes", [2, 10, 200])
+@pytest.mark.parametrize("classes", [2, 10, 200, 1000])
 def test_the_order_of_threads_changes_no_bit(classes, on_host):
     """It would where a barrier is missing."""
     results = []
@@ -205,6 +210,41 @@ def test_a_whole_search_on_the_kernels(options, dtype, on_host, monkeypatch):
     assert torch.equal(actual.prediction, expected.prediction)
     tolerance = 1e-10 if dtype == torch.float64 else 2e-2
     torch.testing.assert_close(actual.radius, expected.radius, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["core", "kernels"])
+@pytest.mark.parametrize("active", [0, 2, 5, 9])
+def test_rows_beyond_the_active_count_are_left_alone(kernels, active, request):
+    """A captured graph works on all slots, and reads on the device how many are in use."""
+    module = request.getfixturevalue("on_host") if kernels else core
+    n, classes, probes, used = 5, 7, 2, min(active, 5)
+    index = torch.tensor([3, 1, 4, 0, 2], dtype=torch.int32)
+    count = torch.tensor([active], dtype=torch.int32)
+    x, direction = uniform(n, 40, dtype=torch.float32), torch.ones(n, 40, dtype=torch.int8)
+    logits = torch.randn(n * probes, classes, generator=torch.Generator().manual_seed(0))
+    sides = []
+    for rows, options in [(index, {"active_count": count}), (index[:used], {})]:
+        state, brackets, gaps, radii = new_state(module, n, classes, torch.float32, probes)
+        module.start(logits[:n], torch.empty(n, classes), state, 0)
+        module.aim(x - 0.5, x, direction, 0.0, 1.0, state, 0)
+        out = torch.full((len(rows) * probes, 40), -7.0)
+        module.perturb(x, direction, rows, radii, 0.0, 1.0, out, **options)
+        module.advance(logits[: len(rows) * probes], rows, state, **options)
+        brackets[1, test_core.COLUMN["status"]] = core.FOUND
+        kept, number = rows.clone(), count.clone()
+        if options:  # in place, the count as well
+            module.compact(kept, state, kept, number, active_count=number)
+        else:
+            module.compact(kept, state, kept, number)
+        sides.append((brackets, gaps, radii, out[: used * probes], number, kept[: int(number)]))
+        assert (out[used * probes :] == -7).all()
+        extrapolated = new_state(module, n, classes, torch.float32)
+        module.start(logits[:n], torch.empty(n, classes), extrapolated[0], 0)
+        module.extrapolate(logits[: len(rows)], rows, 1e-3, extrapolated[0], **options)
+        sides[-1] += (extrapolated[1],)
+    for whole, part in zip(*sides, strict=True):
+        assert torch.equal(whole.nan_to_num(), part.nan_to_num())
+    assert sides[0][4].item() == used - (1 in index[:used])
 
 
 # --- What the library holds -----------------------------------------------------------------------
