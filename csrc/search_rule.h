@@ -218,6 +218,7 @@ struct Search {
     if (active() && !params.bisect && !closed() && (flipped() || row.lower < params.eps_max)) {
       estimate = crossing(team);
     }
+    team.sync();  // every member has read what settle() changes
     if (team.rank() == 0) settle(was_flipped, estimate);
     team.sync();
   }
