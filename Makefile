@@ -38,7 +38,7 @@ sanitize: $(VENV)/installed-dev
 	PYTHON=$(bin)/python scripts/sanitize.sh
 
 bench: $(VENV)/installed-bench
-	set -e; for name in import_time rat_step search_rule throughput; do \
+	set -e; for name in import_time large_run rat_step search_rule throughput; do \
 	  echo "== $$name"; $(bin)/python benchmarks/$$name.py; done
 
 $(VENV)/installed-%: $(sources) | $(VENV)/bin/pip
