@@ -38,7 +38,7 @@ class Normalized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, classes) logits of (N, C, H, W) pixels in [0, 1]."""
-        return logits_of(self.m((x - self.mean) / self.std), len(x))
+        return logits_of(self.m((x - self.mean) / self.std), x.shape[0])
 
 
 class DigitsCNN(nn.Sequential):
