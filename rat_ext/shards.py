@@ -112,7 +112,7 @@ class RadiusShards:
             torch.cat(columns["target"]) if has_target else None,
         )
 
-    def mark_complete(self, batches: int) -> None:
+    def _mark_complete(self, batches: int) -> None:
         """Record that all batches of the loader are in the shards."""
         expected = -(-batches // self.manifest["batches_per_shard"])
         if self.numbers() != list(range(expected)):
@@ -128,7 +128,7 @@ class RadiusShards:
         replace(self.folder / MANIFEST, lambda temporary: temporary.write_text(text))
 
     @classmethod
-    def create(cls, folder: Path, manifest: dict[str, Any]) -> RadiusShards:
+    def _create(cls, folder: Path, manifest: dict[str, Any]) -> RadiusShards:
         """Start a run."""
         folder.mkdir(parents=True, exist_ok=True)
         shards = cls.__new__(cls)
@@ -191,7 +191,7 @@ def write_radii(
     if world > 1:
         dist.barrier()
     if rank == 0:
-        shards.mark_complete(source.total)
+        shards._mark_complete(source.total)
     if world > 1:
         dist.barrier()
     return RadiusShards(out)
@@ -328,7 +328,12 @@ def _manifest(
         "format": format,
         "complete": False,
     }
-    return json.loads(json.dumps(manifest, default=repr))
+    return json.loads(json.dumps(manifest, default=_name_of))
+
+
+def _name_of(option: Any) -> str:
+    """Of an option that JSON does not know, such as a function, whose repr has its address."""
+    return getattr(option, "__qualname__", None) or repr(option)
 
 
 def _open_together(
@@ -351,7 +356,7 @@ def _open_together(
 
 def _open(folder: Path, manifest: dict[str, Any], resume: bool) -> RadiusShards:
     if not (folder / MANIFEST).exists():
-        return RadiusShards.create(folder, manifest)
+        return RadiusShards._create(folder, manifest)
     shards = RadiusShards(folder)
     if not resume:
         raise FileExistsError(
