@@ -38,9 +38,10 @@ format: $(VENV)/installed-dev
 sanitize: $(VENV)/installed-dev
 	PYTHON=$(bin)/python scripts/sanitize.sh
 
-# The variable keeps an announcement of the theme's authors out of the output.
+# The variable keeps an announcement of the theme's authors out of the output. Not with --quiet, which
+# would hide the warnings from --strict as well.
 docs: $(VENV)/installed-dev
-	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict
 
 bench: $(VENV)/installed-bench
 	set -e; for name in import_time large_run rat_step search_rule throughput; do \
