@@ -2,6 +2,7 @@
 # make test     the test suite, against the installed package
 # make lint     style of the Python and C++ sources
 # make sanitize the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make docs     the documentation as a site, in build/site; warnings are errors
 # make bench    the benchmarks
 # make clean    remove everything that these made
 #
@@ -15,7 +16,7 @@ sources := $(wildcard setup.py pyproject.toml CMakeLists.txt README.md) \
            $(shell find csrc rat_ext -type f -not -name '*.so' -not -name '*.pyc')
 cxx_sources := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format sanitize bench clean
+.PHONY: demo test lint format sanitize docs bench clean
 
 demo: $(VENV)/installed-demo
 	$(bin)/rat-ext demo --out demo-report
@@ -37,8 +38,13 @@ format: $(VENV)/installed-dev
 sanitize: $(VENV)/installed-dev
 	PYTHON=$(bin)/python scripts/sanitize.sh
 
+# The variable keeps an announcement of the theme's authors out of the output. Not with --quiet, which
+# would hide the warnings from --strict as well.
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict
+
 bench: $(VENV)/installed-bench
-	set -e; for name in import_time rat_step search_rule throughput; do \
+	set -e; for name in import_time large_run rat_step search_rule throughput; do \
 	  echo "== $$name"; $(bin)/python benchmarks/$$name.py; done
 
 $(VENV)/installed-%: $(sources) | $(VENV)/bin/pip

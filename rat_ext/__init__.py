@@ -16,6 +16,7 @@ from .radius import (
     temperature_sweep,
 )
 from .result import RadiusResult, SearchReport
+from .shards import RadiusShards
 
 __all__ = [
     "BuildInfo",
@@ -24,6 +25,7 @@ __all__ = [
     "RATLossOutput",
     "RadiusEstimator",
     "RadiusResult",
+    "RadiusShards",
     "SearchReport",
     "__version__",
     "build_info",

@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_radii(commands)
     return parser
 
 
@@ -252,7 +253,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from . import datasets, evaluation, models
+    from . import datasets, evaluation
 
     settings = evaluation.Settings(
         scores=tuple(options.scores),
@@ -263,16 +264,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
     )
     data = _data(options, "test")
-    if options.checkpoint is None and not options.pretrained:
-        raise ValueError("give the --checkpoint of the model, or --pretrained")
-    name = options.model
-    if name is None:
-        name = models.name_in(options.checkpoint) if options.checkpoint else None
-        if name is None:
-            raise ValueError("the checkpoint does not name its model: give --model")
-    model = models.create(name, len(data.classes), pretrained=options.pretrained)
-    if options.checkpoint is not None:
-        models.load_weights(model, options.checkpoint)
+    model, name = _trained_model(options, len(data.classes))
     title = f"Misclassification detection: {name} on {options.data}"
     if options.ood is not None:
         outliers = datasets.load(options.ood, "test", options.root, download=options.download)
@@ -295,6 +287,87 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"\n{shown.text()}\n\n{shown.caption} A star marks the best of a column.")
         print(f"\n{evaluation.costs(result).text()}")
         print(f"\nReport: {options.out / 'index.html'}")
+
+
+def _add_radii(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "radii",
+        help="the robust radius of every image of a data set, to files",
+        description="Writes radii, predictions and targets to the output folder, in files of some "
+        "batches\neach; rat_ext.RadiusShards reads them. On several devices:\n\n"
+        "  torchrun --nproc-per-node=2 -m rat_ext radii ...",
+        formatter_class=_Formatter,
+    )
+    parser.set_defaults(run=_radii, after_interrupt="; with --resume the command goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--checkpoint", type=Path, help="weights of the model")
+    _add_model(parser, required=False)
+    _add_data(parser)
+    parser.add_argument("--split", choices=["test", "train"], default="test", help="of the data")
+    parser.add_argument(
+        "--method", choices=["bs", "fast"], default="bs", help="of the search: RR-BS or RR-Fast"
+    )
+    parser.add_argument("--rtol", type=float, default=1e-2, help="relative width of a bracket")
+    parser.add_argument("--temperature", type=float, default=1.0, help="that directs the ray")
+    parser.add_argument("--batch-size", type=int, default=250, help="of images")
+    parser.add_argument(
+        "--batches-per-shard", type=int, default=16, help="batches whose results share a file"
+    )
+    parser.add_argument("--format", choices=["npz", "parquet"], default="npz", help="of the files")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a run that was interrupted"
+    )
+
+
+def _radii(options: argparse.Namespace) -> None:
+    import torch
+
+    from . import datasets
+    from .radius import robust_radii
+
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size is {options.batch_size}; it must be at least 1")
+    data = _data(options, options.split)
+    model, _ = _trained_model(options, len(data.classes))
+    with _device(options) as (device, rank):
+        index = torch.arange(len(data)).split(options.batch_size)
+        shards = robust_radii(
+            model.to(device).eval(),
+            datasets.batches(data, [part.tolist() for part in index], options.workers, device),
+            out=options.out,
+            resume=options.resume,
+            batches_per_shard=options.batches_per_shard,
+            format=options.format,
+            method=options.method,
+            rtol=options.rtol,
+            temperature=options.temperature,
+        )
+    if rank:
+        return
+    radii = shards.load()
+    right = radii.prediction == radii.target
+    print(f"Accuracy {100 * right.double().mean():.2f} % of {len(right):,} images.")
+    for name, which in (("right", right), ("wrong", ~right)):
+        if which.any():
+            print(f"Median radius of the {name} predictions: {radii.radius[which].median():.4g}")
+    print(f"Radii: {options.out}, {len(shards)} {options.format} file(s)")
+
+
+def _trained_model(options: argparse.Namespace, classes: int) -> tuple[torch.nn.Module, str]:
+    """The model of --checkpoint, --model and --pretrained, and its name."""
+    from . import models
+
+    if options.checkpoint is None and not options.pretrained:
+        raise ValueError("give the --checkpoint of the model, or --pretrained")
+    name = options.model
+    if name is None:
+        name = models.name_in(options.checkpoint) if options.checkpoint else None
+        if name is None:
+            raise ValueError("the checkpoint does not name its model: give --model")
+    model = models.create(name, classes, pretrained=options.pretrained)
+    if options.checkpoint is not None:
+        models.load_weights(model, options.checkpoint)
+    return model, name
 
 
 def _data(options: argparse.Namespace, split: str) -> Any:

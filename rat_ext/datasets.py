@@ -180,16 +180,14 @@ def load(
 ) -> Dataset:
     """A data set by name, with pixels in [0, 1] and the names of its ``classes``.
 
-    ==============================  ================================================================
-    digits                          `digits`; split "test" has all the images not trained on
-    cifar10, cifar100, svhn         read by torchvision from ``root``
-    imagenet                        ``root``/train or ``root``/val, a folder for each class;
-                                    256 pixels, the middle 224 (to train: a random part, resized)
-    cifar10-c:fog:3, cifar100-c:..  ``root``/CIFAR-10-C/fog.npy and labels.npy, severity 1 to 5
-    imagenet-c:fog:3                ``root``/ImageNet-C/fog/3, a folder for each class
-    folder:PATH                     PATH/train or PATH/test (or PATH/val), a folder for each class
-    npz:PATH                        `jpeg_archive`; "{split}" in PATH is replaced
-    ==============================  ================================================================
+        digits                          `digits`; split "test" has all the images not trained on
+        cifar10, cifar100, svhn         read by torchvision from ``root``
+        imagenet                        ``root``/train or ``root``/val, a folder for each class;
+                                        256 pixels, the middle 224 (to train: a random part)
+        cifar10-c:fog:3, cifar100-c:..  ``root``/CIFAR-10-C/fog.npy and labels.npy, severity 1 to 5
+        imagenet-c:fog:3                ``root``/ImageNet-C/fog/3, a folder for each class
+        folder:PATH                     PATH/train, PATH/test or PATH/val, a folder for each class
+        npz:PATH                        `jpeg_archive`; "{split}" in PATH is replaced
 
     Args:
         name: one of the above.

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rat_ext
-from rat_ext import cli, demo, models
+from rat_ext import cli, datasets, demo, models
 
 PROGRAM = "import sys; from rat_ext.cli import main; sys.exit(main())"
 
@@ -182,6 +182,27 @@ def test_two_processes_evaluate_like_one(trained: Path, tmp_path: Path) -> None:
     assert results_of(tmp_path / "two") == results_of(tmp_path / "one")
 
 
+def test_radii(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["radii", "--data", "digits", "--checkpoint", str(trained / "model.pt")]
+    command += ["--threads", "1", "--device", "cpu", "--batch-size", "100", "--out", str(tmp_path)]
+    assert cli.main([*command, "--batches-per-shard", "3", "--rtol", "0.1"]) == 0
+    printed = capsys.readouterr()
+    assert "robust radius: 100%" in printed.err
+    assert "of 1,297 images." in printed.out
+    assert f"Radii: {tmp_path}, 5 npz file(s)" in printed.out
+    radii = rat_ext.RadiusShards(tmp_path).load()
+    data = datasets.load("digits", "test")
+    model = models.create("digits-cnn")
+    models.load_weights(model, trained / "model.pt")
+    assert torch.equal(radii.target, data.targets)
+    expected = rat_ext.robust_radius(model, data[:][0], rtol=0.1)
+    torch.testing.assert_close(radii.radius, expected, rtol=0.1, atol=0)
+
+    assert cli.main([*command, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "batches_per_shard was 3, is 16, rtol was 0.1, is 0.01. Use the same" in error
+
+
 def test_train_goes_on_after_a_kill(tmp_path: Path) -> None:
     options = [*TRAIN, "--epochs", "20", "--out"]
     program = [sys.executable, "-m", "rat_ext", *options, str(tmp_path / "killed")]
@@ -246,6 +267,8 @@ def test_logs_for_tensorboard(tmp_path: Path) -> None:
         ("evaluate", [], "give the --checkpoint of the model, or --pretrained"),
         ("evaluate", ["--checkpoint", "absent.pt"], "there is no checkpoint absent.pt"),
         ("evaluate", ["--scores", "mrs"], "no score is named 'mrs'"),
+        ("radii", [], "give the --checkpoint of the model, or --pretrained"),
+        ("radii", ["--batch-size", "0"], "batch_size is 0"),
     ],
 )
 def test_errors_of_train_and_evaluate(
@@ -255,7 +278,8 @@ def test_errors_of_train_and_evaluate(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    common = {"train": TRAIN, "evaluate": EVALUATE}[command]
+    radii = ["radii", "--data", "digits"]
+    common = {"train": TRAIN, "evaluate": EVALUATE, "radii": radii}[command]
     assert cli.main([*common, *arguments, "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(f"rat-ext {command}: error: {message}")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,66 @@
+"""Every Python snippet of the README and the documentation runs, on a tiny model."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from rat_ext import datasets, models, scores, training
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def reader() -> dict[str, Any]:
+    """What a reader would have: a trained model, some inputs and a loader."""
+    data = datasets.digits(train_size=300)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = models.create("digits-cnn")
+    recipe = training.Recipe(loss="ce", epochs=6, batch_size=50, optimizer="adamw", lr=3e-3)
+    training.train(model, data.train, recipe, progress=False)
+    x, t = data.test[:200]
+    return {
+        "model": model,
+        "x": x,
+        "example_x": x[:32],
+        "t": t,
+        "target": t,
+        "prediction": model(x).argmax(1),
+        "loader": DataLoader(TensorDataset(x, t), batch_size=50),
+        "validation_loader": DataLoader(TensorDataset(*data.validation[:100]), batch_size=50),
+    }
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_own_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "_registry", dict(scores._registry))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_pages_are_found() -> None:
+    assert {"README.md", "index.md", "score.md", "train.md", "large-runs.md"} <= {
+        page.name for page in PAGES
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_snippets_run(page: Path, reader: dict[str, Any]) -> None:
+    text = page.read_text(encoding="utf-8")
+    names = {"__name__": "__main__", **copy.deepcopy(reader)}
+    for match in SNIPPET.finditer(text):
+        # Blank lines in front, so that an error names the line of the page.
+        line = text.count("\n", 0, match.start(1))
+        code = compile("\n" * line + match[1], str(page), "exec")
+        exec(code, names)
