@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,3 +77,27 @@ def warn_not_finite(radius: Tensor, stacklevel: int) -> None:
             RuntimeWarning,
             stacklevel=stacklevel + 1,
         )
+
+
+def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without the prefixes of DistributedDataParallel and torch.compile."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """The elements of a tensor as a uint8 array on the CPU."""
+    # Flat, because a tensor without dimensions cannot be viewed as bytes.
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the tensors of the model's state dict: names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in unwrapped(model.state_dict()).items():
+        if isinstance(value, Tensor):  # a module's extra state may be anything
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(raw_bytes(value))
+    return digest.hexdigest()

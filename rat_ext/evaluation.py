@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from . import _build, metrics, report, scores
-from ._model import logits_of, undisturbed
+from ._model import fingerprint, logits_of, undisturbed
 from .datasets import batches
 from .radius_scores import RadiusScore
 from .training import replace
@@ -356,10 +356,7 @@ class _Cache:
 
 
 def _fingerprint(model: nn.Module, data: Dataset, settings: Settings) -> str:
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest = hashlib.sha256(fingerprint(model).encode())
     for index in (0, len(data) // 2, len(data) - 1):
         x, target = data[index]
         digest.update(x.numpy().tobytes() + str(int(target)).encode())

@@ -159,6 +159,17 @@ def test_outliers_are_errors(model: nn.Module, data: datasets.Images, tmp_path: 
     assert result.correct[:400].double().mean() > 0.7
 
 
+def test_a_model_with_batch_normalisation(data: datasets.Images, tmp_path: Path) -> None:
+    # Its state dict has a tensor without dimensions, num_batches_tracked.
+    net = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
+    settings = Settings(("msr",), splits=1)
+    evaluate(net, data, settings, tmp_path, progress=False)
+    evaluate(net, data, settings, tmp_path, resume=True, progress=False)
+    net[0].num_batches_tracked += 1
+    with pytest.raises(ValueError, match="is of another model"):
+        evaluate(net, data, settings, tmp_path, resume=True, progress=False)
+
+
 def test_what_is_written(model: nn.Module, data: datasets.Images, tmp_path: Path) -> None:
     settings = Settings(("msr", "rr-bs"), splits=2, tune="none")
     result = evaluate(model, data, settings, tmp_path, progress=False)
