@@ -7,6 +7,7 @@ Misclassification Detection Ability without Extra Data" (arXiv 2503.14783).
 
 from . import metrics, radius_scores, reference, scores
 from ._build import BuildInfo, __version__, build_info
+from .detector import Cascade, Decision, Detector
 from .estimator import RadiusEstimator
 from .loss import RATLoss, RATLossOutput
 from .radius import (
@@ -19,6 +20,9 @@ from .result import RadiusResult, SearchReport
 
 __all__ = [
     "BuildInfo",
+    "Cascade",
+    "Decision",
+    "Detector",
     "LoaderRadii",
     "RATLoss",
     "RATLossOutput",

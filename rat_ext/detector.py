@@ -1,0 +1,849 @@
+"""A gate for predictions: which of a classifier's predictions to act on.
+
+    detector = Detector.fit(model, held_out_loader, "rr-bs", target_risk=0.05)
+    out = detector(x)
+    out.prediction[out.accepted]  # at most 5 % of these are wrong
+
+The threshold is chosen on held-out data by a risk, a coverage or a share of right predictions that
+is to be kept. A target risk is guaranteed in the sense of Geifman and El-Yaniv, "Selective
+Classification for Deep Neural Networks" (NeurIPS 2017): see `Detector.fit`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from . import scores
+from ._model import Model, fingerprint, raw_bytes
+from .scores import Score, TunedScore, labelled_batches, wide
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_KEY, _VERSION = "rat_ext.detector", 1  # of the metadata in a detector's file
+_EXTRA = "pip install 'rat-ext[detector]'"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a `Detector` says of N inputs. Every tensor has shape (N,) and is on their device."""
+
+    prediction: Tensor
+    """int64: the model's prediction; -1 where the confidence is nan."""
+    confidence: Tensor
+    """The score's; nan where the input or the logits are not finite."""
+    accepted: Tensor
+    """bool: the confidence reaches the threshold. Never where it is nan."""
+    probability: Tensor | None = None
+    """Estimate of the probability that the prediction is right, nan where the confidence is; None
+    if the detector was not fitted with ``calibrate=True``."""
+
+    def __len__(self) -> int:
+        return len(self.prediction)
+
+
+@dataclass(frozen=True)
+class CascadeReport:
+    """What a `Cascade` saved on the held-out data, per sample."""
+
+    examined: float
+    """Share of the samples that the expensive score was needed for."""
+    changed: float
+    """Share of the samples decided otherwise than by the expensive score alone, at the same
+    threshold."""
+    forward_rows: float
+    """Rows through the model forward that the cascade takes."""
+    backward_rows: float
+    expensive_forward_rows: float
+    """Rows that the expensive score alone takes."""
+    expensive_backward_rows: float
+
+
+@dataclass(frozen=True)
+class DetectorReport:
+    """The threshold of a `Detector`, and what it did on the data that chose it.
+
+    The bounds are one-sided Clopper-Pearson bounds. That of the risk under a target_risk holds as
+    `Detector.fit` says, over the choice of the threshold; the others as if it had been fixed
+    before.
+    """
+
+    criterion: str
+    """What was asked for: "target_risk", "coverage" or "tpr"."""
+    value: float
+    """Of it that was asked for."""
+    delta: float
+    """Each bound fails with at most this probability."""
+    threshold: float
+    """The least confidence that is accepted."""
+    samples: int
+    """Held-out samples that chose the threshold."""
+    tuned_on: int
+    """Other held-out samples, that the score was fitted on."""
+    right: int
+    """Of the samples: predicted right."""
+    accepted: int
+    """Of the samples: accepted."""
+    errors: int
+    """Of the accepted ones: predicted wrong."""
+    coverage_bound: float
+    """The coverage on new data is at least this."""
+    risk_bound: float
+    """The risk on new data is at most this."""
+    cascade: CascadeReport | None = None
+
+    @property
+    def coverage(self) -> float:
+        """Share of the samples that is accepted."""
+        return self.accepted / self.samples
+
+    @property
+    def risk(self) -> float:
+        """Error rate of the accepted samples."""
+        return self.errors / self.accepted
+
+    @property
+    def tpr(self) -> float:
+        """Share of the right predictions that is accepted; nan if none is right."""
+        return (self.accepted - self.errors) / self.right if self.right else math.nan
+
+    def __str__(self) -> str:
+        sure = f"with probability {1 - self.delta:g}"
+        tuned = f", {self.tuned_on:,} others tuned the score" if self.tuned_on else ""
+        lines = [
+            f"{self.criterion} {self.value:g}: accept a confidence of {self.threshold:.6g} or more",
+            f"{self.samples:,} held-out samples{tuned}",
+            f"coverage {self.coverage:.4f} (at least {self.coverage_bound:.4f} {sure})",
+            f"risk {self.risk:.4f} (at most {self.risk_bound:.4f} {sure})",
+            f"{self.tpr:.4f} of the right predictions accepted",
+        ]
+        if (c := self.cascade) is not None:
+            lines.append(
+                f"cascade: {c.forward_rows:.2f} rows forward and {c.backward_rows:.2f} backward a "
+                f"sample instead of {c.expensive_forward_rows:.2f} and "
+                f"{c.expensive_backward_rows:.2f}; {100 * c.changed:.2f} % of the decisions changed"
+            )
+        return "\n".join(lines)
+
+
+class Cascade(Score):
+    """A cheap score for most samples, an expensive one for those near the threshold.
+
+    Where the cheap score is above a band the confidence is inf, below it -inf, and within it (ends
+    included) that of the expensive score. So it is a score like any other: what `Detector.fit`
+    guarantees for scores holds for the cascade's own decisions, whatever the band.
+
+    `Detector.fit` fits the band, on the samples that tune the score: the one with the fewest
+    samples in it of those that change at most ``max_changed`` of the decisions which the expensive
+    score would make alone.
+
+    Args:
+        cheap: a score, or the name of one; best one of the logits alone.
+        expensive: likewise.
+        max_changed: share of all decisions, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        cheap: str | Score = "msr",
+        expensive: str | Score = "rr-bs",
+        *,
+        max_changed: float = 0.01,
+    ) -> None:
+        if not 0 <= max_changed < 1:
+            raise ValueError(f"max_changed is {max_changed}; it must be at least 0 and below 1")
+        self.cheap, self.expensive = _own(cheap), _own(expensive)
+        self.max_changed = max_changed
+        self.band: tuple[float, float] | None = None
+        """The least and the largest cheap confidence that the expensive score is needed for."""
+        self._samples = self._examined = 0
+
+    @property
+    def needs_fit(self) -> bool:
+        return self.band is None
+
+    @property
+    def examined(self) -> float:
+        """Measured: the share of the samples scored that needed the expensive score."""
+        return self._examined / self._samples if self._samples else math.nan
+
+    @property
+    def forward_rows(self) -> float:
+        """Measured, on the samples scored since the band was fitted; nan before."""
+        return self._rows("forward_rows")
+
+    @property
+    def backward_rows(self) -> float:
+        return self._rows("backward_rows")
+
+    def _rows(self, which: str) -> float:
+        more = self.examined * getattr(self.expensive, which) if self._examined else 0.0
+        return getattr(self.cheap, which) + more if self._samples else math.nan
+
+    def fit(self, model: Model, loader: Iterable[Any], *, progress: bool = True) -> Self:
+        """Fit the two scores, where they need it; not the band, which `fit_band` does."""
+        for score in (self.cheap, self.expensive):
+            if score.needs_fit:
+                score.fit(model, loader, progress=progress)
+        return self
+
+    def fit_band(self, cheap: Tensor, expensive: Tensor, threshold: float) -> Self:
+        """Choose the band.
+
+        Args:
+            cheap: (N,) confidences on held-out data.
+            expensive: (N,) those of the expensive score for the same samples.
+            threshold: least confidence of the expensive score that is accepted.
+        """
+        known = ~cheap.isnan()
+        value, order = cheap[known].double().cpu().sort(descending=True)
+        value = value.numpy()
+        accept = (expensive[known].cpu() >= threshold)[order].numpy()
+        n = len(value)
+        # From the most confident sample on: [0, i) accepted unseen, [i, j) in the band, [j, n)
+        # rejected unseen. Neither end parts a tie.
+        wrongly_accepted = np.concatenate([[0], np.cumsum(~accept)])
+        wrongly_rejected = np.concatenate([np.cumsum(accept[::-1])[::-1], [0]])
+        cuts = np.concatenate([[0], np.flatnonzero(value[1:] != value[:-1]) + 1, [n]])
+        budget = math.floor(self.max_changed * len(cheap))
+        begins = cuts[wrongly_accepted[cuts] <= budget]
+        left = budget - wrongly_accepted[begins]
+        ends = cuts[np.searchsorted(-wrongly_rejected[cuts], -left)]
+        ends = np.maximum(begins, ends)
+        best = int(np.argmin(ends - begins))
+        i, j = int(begins[best]), int(ends[best])
+        low = math.inf if j == 0 else -math.inf if j == n else float(value[j - 1])
+        high = math.inf if i == 0 else -math.inf if i == n else float(value[i])
+        self.band = low, high
+        self._samples = self._examined = 0
+        return self
+
+    def score(self, model: Model, x: Tensor) -> Tensor:
+        return self.score_and_predict(model, x)[0]
+
+    def score_and_predict(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.band is None:
+            raise RuntimeError("the cascade has no band yet: Detector.fit fits it on held-out data")
+        cheap, prediction = self.cheap.score_and_predict(model, x)
+        low, high = self.band
+        above = cheap > high
+        within = (cheap >= low) & ~above
+        # A cheap confidence of nan stays nan: it is neither below the band nor in it.
+        confidence = wide(cheap).masked_fill(cheap < low, -math.inf)
+        confidence = confidence.masked_fill(above, math.inf)
+        rows = within.nonzero().squeeze(1)
+        if len(rows):
+            confidence[rows] = self.expensive.score(model, x[rows]).to(confidence.dtype)
+        self._samples += len(x)
+        self._examined += len(rows)
+        return confidence, prediction
+
+
+class Detector:
+    """Accepts the predictions whose confidence reaches a threshold, and rejects the others.
+
+    Made by `Detector.fit` or `Detector.load`. ``detector(x)`` needs a classifier's forward pass
+    once for the scores of the logits alone, and what a robust radius takes for the radii.
+
+    Attributes:
+        model: the classifier.
+        score: the `rat_ext.scores.Score` in use, fitted.
+        report: a `DetectorReport`: the threshold, and what it does on the held-out data.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        score: Score,
+        report: DetectorReport,
+        steps: tuple[Tensor, Tensor] | None = None,
+        *,
+        model_fingerprint: str | None = None,
+    ) -> None:
+        self.model, self.score, self.report = model, score, report
+        self._steps = steps  # where the probability rises, ascending, and the probabilities there
+        self._fingerprint = model_fingerprint
+
+    @property
+    def threshold(self) -> float:
+        """The least confidence that is accepted."""
+        return self.report.threshold
+
+    def __repr__(self) -> str:
+        return f"Detector({type(self.score).__name__}, {self.report})"
+
+    @classmethod
+    def fit(
+        cls,
+        model: Model,
+        loader: Iterable[Any],
+        score: str | Score = "rr-bs",
+        *,
+        target_risk: float | None = None,
+        coverage: float | None = None,
+        tpr: float | None = None,
+        delta: float = 0.001,
+        tune_share: float = 0.2,
+        calibrate: bool = False,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Detector:
+        """Choose the threshold of a score on held-out data.
+
+        Exactly one of ``target_risk``, ``coverage`` and ``tpr`` says what the threshold is to do.
+
+        With ``target_risk`` as many samples are accepted as can be while, with probability
+        ``1 - delta`` over the held-out data, at most this share of the accepted predictions on new
+        data is wrong. The bound is SGR's (Geifman and El-Yaniv, NeurIPS 2017): Clopper-Pearson at
+        ``delta / ceil(log2 m)`` for m samples. It is evaluated from as many starting thresholds,
+        spread evenly over the counts of samples that could do, and from each on to laxer ones until
+        the first that fails (fixed-sequence testing: Angelopoulos et al., "Learn then Test", 2021).
+        SGR's binary search has the same bound, but takes a threshold that fails for want of samples
+        for one that is too lax. The guarantee supposes that new samples are exchangeable with the
+        held-out ones, and that a laxer threshold has no smaller risk.
+
+        If the score has something to fit (a temperature, a matrix, the band of a cascade), that is
+        done on a random ``tune_share`` of the held-out samples, and the threshold is chosen on the
+        others: chosen on the same ones, the guarantee would be void. If it has not, or is fitted
+        already (on other data!), all of them choose the threshold.
+
+        Args:
+            model: callable from (N, ...) inputs to (N, C) logits, C >= 2, or to an object with
+                ``.logits``.
+            loader: yields (x, target, ...) that the model was not trained on; the same in every
+                pass, unless the score needs no fit. A target of -1 is never predicted right.
+            score: a name in `rat_ext.scores.names()`, a score, or a `Cascade`. It is copied.
+            target_risk: error rate of the accepted predictions, in (0, 1).
+            coverage: share of the samples to accept at least, in (0, 1].
+            tpr: share of the right predictions to accept at least, in (0, 1], as in FPR@95TPR.
+            delta: probability, in (0, 1), that a bound may fail.
+            tune_share: in (0, 1).
+            calibrate: map confidences to the probability of being right, by isotonic regression on
+                the samples that choose the threshold.
+            seed: of the random split.
+            progress: show tqdm bars on standard error.
+
+        Raises:
+            ValueError: no threshold guarantees the target risk on these samples; an option out of
+                its range; a loader whose passes differ, or that gives no usable samples.
+            ImportError: scipy or scikit-learn is not installed.
+        """
+        rule = _Rule.of(target_risk, coverage, tpr, delta)
+        if not 0 < tune_share < 1:
+            raise ValueError(f"tune_share is {tune_share}; it must be between 0 and 1")
+        _require_libraries(calibrate)
+        score = _own(score)
+        held_out, tuned_on = loader, 0
+        if score.needs_fit:
+            split = _Split(loader, tune_share, seed)
+            tune, held_out = split.part(tune=True), split.part(tune=False)
+            score.fit(model, tune, progress=progress)
+            if isinstance(score, Cascade):
+                ratio = (1 - tune_share) / tune_share
+                _fit_band(score, model, tune, lambda *data: rule.anticipate(*data, ratio), progress)
+            tuned_on = tune.samples
+        alone = _own(score.expensive) if isinstance(score, Cascade) else None
+        confidences, correct, others = [], [], []
+        for x, target in labelled_batches(model, held_out, progress, "fit Detector"):
+            confidence, prediction = score.score_and_predict(model, x)
+            confidences.append(confidence.cpu())
+            correct.append((prediction == target).cpu())
+            if alone is not None:
+                others.append(alone.score(model, x).cpu())
+        confidence = torch.cat(confidences).double().numpy()
+        right = torch.cat(correct).numpy() & ~np.isnan(confidence)
+        chosen = rule.choose(_Candidates.of(confidence, right))
+        accepted, n = int(chosen.accepted), len(confidence)
+        report = DetectorReport(
+            criterion=rule.criterion,
+            value=rule.value,
+            delta=delta,
+            threshold=float(chosen.threshold),
+            samples=n,
+            tuned_on=tuned_on,
+            right=int(right.sum()),
+            accepted=accepted,
+            errors=int(chosen.errors),
+            coverage_bound=1 - float(_upper_bound(n - accepted, n, delta)),
+            risk_bound=float(chosen.risk_bound),
+            cascade=None
+            if alone is None
+            else CascadeReport(
+                examined=score.examined,
+                changed=float(
+                    np.mean(
+                        (torch.cat(others).double().numpy() >= chosen.threshold)
+                        != (confidence >= chosen.threshold)
+                    )
+                ),
+                forward_rows=score.forward_rows,
+                backward_rows=score.backward_rows,
+                expensive_forward_rows=alone.forward_rows,
+                expensive_backward_rows=alone.backward_rows,
+            ),
+        )
+        steps = _isotonic(confidence, right) if calibrate else None
+        known = fingerprint(model) if isinstance(model, nn.Module) else None
+        return cls(model, score, report, steps, model_fingerprint=known)
+
+    def __call__(self, x: Tensor) -> Decision:
+        """Predict, and decide which predictions to accept.
+
+        The model is run in eval mode and left as it was, with no graph.
+
+        Args:
+            x: (N, ...) inputs on the model's device.
+
+        Raises:
+            ValueError: x is not on the model's device, or outside the bounds of the score.
+        """
+        confidence, prediction = self.score.score_and_predict(self.model, x)
+        unknown = confidence.isnan()
+        probability = None
+        if self._steps is not None:
+            starts, values = (step.to(confidence) for step in self._steps)
+            step = torch.searchsorted(starts, confidence.contiguous(), right=True) - 1
+            # Below the least confidence seen, the first probability holds.
+            probability = values[step.clamp_min(0)].masked_fill(unknown, math.nan)
+        return Decision(
+            prediction=prediction.masked_fill(unknown, -1),
+            confidence=confidence,
+            accepted=confidence >= self.threshold,  # False for nan
+            probability=probability,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the detector, without the model, to one .safetensors file.
+
+        The tensors are those of the score and of the calibration; all else is JSON in the header.
+
+        Raises:
+            ValueError: the score cannot be saved; says why.
+            ImportError: safetensors is not installed.
+        """
+        save_file = _safetensors().torch.save_file
+        from .training import replace
+
+        tensors: dict[str, Tensor] = {}
+        header = {
+            "version": _VERSION,
+            "fingerprint": self._fingerprint,
+            "score": _packed(self.score, "score", tensors),
+            # As text, which JSON has no need to read: the threshold may be infinite.
+            "report": {**asdict(self.report), "threshold": str(self.threshold)},
+        }
+        if self._steps is not None:
+            tensors["probability.starts"], tensors["probability.values"] = self._steps
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        metadata = {_KEY: json.dumps(header, allow_nan=False)}
+        replace(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path, model: Model, *, strict: bool = True) -> Detector:
+        """Read a detector that `save` wrote.
+
+        Args:
+            path: of the file.
+            model: the classifier that the detector was fitted on.
+            strict: check by a hash of its state dict that it is the same. The threshold means
+                nothing for another model; not checking is for a model of the same weights whose
+                state dict differs, for example in its names.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a detector, is of another model, or has a score that is not
+                registered.
+            ImportError: safetensors is not installed.
+        """
+        safetensors = _safetensors()
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no detector {path}")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        if _KEY not in metadata:
+            raise ValueError(f"{path} is not a detector; Detector.save writes them")
+        header = json.loads(metadata[_KEY])
+        if header["version"] != _VERSION:
+            raise ValueError(
+                f"{path} has version {header['version']} of the format, this rat_ext reads "
+                f"{_VERSION}; fit the detector again"
+            )
+        known = header["fingerprint"]
+        if strict:
+            _check_fingerprint(path, known, model)
+        report = header["report"]
+        report["threshold"] = float(report["threshold"])
+        if report["cascade"] is not None:
+            report["cascade"] = CascadeReport(**report["cascade"])
+        steps = None
+        if "probability.starts" in tensors:
+            steps = tensors["probability.starts"], tensors["probability.values"]
+        score = _unpacked(header["score"], "score", tensors)
+        return cls(model, score, DetectorReport(**report), steps, model_fingerprint=known)
+
+
+# --- Choosing a threshold -------------------------------------------------------------------------
+
+
+class _Candidates(NamedTuple):
+    """The thresholds that tell samples apart, strictest first: arrays of the same length."""
+
+    threshold: NDArray[np.float64]
+    accepted: NDArray[np.int64]
+    """Samples that reach the threshold: ties are accepted together."""
+    errors: NDArray[np.int64]
+    """Of these, the wrong predictions."""
+    samples: int
+    """All of them, also those without a confidence."""
+    right: int
+
+    @classmethod
+    def of(cls, confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> _Candidates:
+        known = ~np.isnan(confidence)
+        negated, rank = np.unique(-confidence[known], return_inverse=True)
+        accepted = np.bincount(rank, minlength=len(negated)).cumsum()
+        right = np.bincount(rank[correct[known]], minlength=len(negated)).cumsum()
+        total = int(correct[known].sum())
+        return cls(-negated, accepted, accepted - right, len(confidence), total)
+
+
+class _Chosen(NamedTuple):
+    threshold: float
+    accepted: int
+    errors: int
+    risk_bound: float
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a threshold is to do."""
+
+    criterion: str
+    value: float
+    delta: float
+
+    @classmethod
+    def of(
+        cls, target_risk: float | None, coverage: float | None, tpr: float | None, delta: float
+    ) -> _Rule:
+        asked = {"target_risk": target_risk, "coverage": coverage, "tpr": tpr}
+        given = {name: value for name, value in asked.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of target_risk, coverage and tpr, not {len(given)} of them"
+            )
+        ((criterion, value),) = given.items()
+        if not 0 < value <= 1 or (criterion == "target_risk" and value == 1):
+            end = "below 1" if criterion == "target_risk" else "at most 1"
+            raise ValueError(f"{criterion} is {value}; it must be above 0 and {end}")
+        if not 0 < delta < 1:
+            raise ValueError(f"delta is {delta}; it must be between 0 and 1")
+        return cls(criterion, float(value), float(delta))
+
+    def choose(self, candidates: _Candidates) -> _Chosen:
+        if not len(candidates.threshold):
+            raise ValueError(f"the confidence of all {candidates.samples} samples is nan")
+        if self.criterion == "target_risk":
+            index, bound = self._guaranteed(candidates)
+        else:
+            index = self._reaching(candidates)
+            bound = _upper_bound(candidates.errors[index], candidates.accepted[index], self.delta)
+        return _Chosen(
+            candidates.threshold[index],
+            candidates.accepted[index],
+            candidates.errors[index],
+            bound,
+        )
+
+    def anticipate(
+        self, confidence: NDArray[np.float64], correct: NDArray[np.bool_], ratio: float
+    ) -> float:
+        """The threshold to expect from `ratio` times as many samples as these."""
+        candidates = _Candidates.of(confidence, correct)
+        if self.criterion != "target_risk":
+            return self.choose(candidates).threshold
+        errors, accepted = ratio * candidates.errors, ratio * candidates.accepted
+        bounds = _upper_bound(errors, accepted, self.delta / _tests(ratio * candidates.samples))
+        good = np.flatnonzero(bounds <= self.value)
+        return candidates.threshold[good[-1] if len(good) else np.argmin(bounds)]
+
+    def _reaching(self, candidates: _Candidates) -> int:
+        """The strictest threshold with the coverage or the true-positive rate."""
+        counts, total = candidates.accepted, candidates.samples
+        if self.criterion == "tpr":
+            counts, total = candidates.accepted - candidates.errors, candidates.right
+            if not total:
+                raise ValueError("no prediction is right, so that no threshold has a tpr")
+        # Rounded first: 0.07 * 100 is just above 7 in floating point, and its ceil would be 8.
+        index = np.searchsorted(counts, math.ceil(round(self.value * total, 9)))
+        if index == len(counts):
+            unknown = total - counts[-1]
+            raise ValueError(
+                f"no threshold has a {self.criterion} of {self.value:g}: the confidence of "
+                f"{unknown} of {total} samples is nan"
+            )
+        return int(index)
+
+    def _guaranteed(self, candidates: _Candidates) -> tuple[int, float]:
+        """The laxest threshold that is certified to have the target risk, and its bound."""
+        tests = _tests(candidates.samples)
+        bounds = _upper_bound(candidates.errors, candidates.accepted, self.delta / tests)
+        # Where fewer samples are accepted, even no error among them would not do.
+        least = math.log(self.delta / tests) / math.log1p(-self.value)
+        most = candidates.accepted[-1]
+        if least <= most:
+            starts = np.searchsorted(candidates.accepted, np.linspace(least, most, tests))
+            failures = np.append(np.flatnonzero(bounds > self.value), len(bounds))
+            ends = failures[np.searchsorted(failures, starts)]
+            if (ends > starts).any():
+                last = ends[ends > starts].max() - 1
+                return int(last), bounds[last]
+            bounds = bounds[starts]
+        raise ValueError(
+            f"no threshold guarantees a risk of at most {self.value:g} with probability "
+            f"{1 - self.delta:g}: the best bound that {candidates.samples:,} samples give is "
+            f"{bounds.min():.4g}. Hold out more samples (at least {math.ceil(least):,} must be "
+            "accepted, if none of them is wrong), or raise target_risk or delta"
+        )
+
+
+def _tests(samples: float) -> int:
+    """How many thresholds delta is shared among."""
+    return max(1, math.ceil(math.log2(samples)))
+
+
+def _upper_bound(errors: Any, samples: Any, delta: float) -> NDArray[np.float64]:
+    """One-sided Clopper-Pearson: the largest error rate not rejected at level delta."""
+    from scipy.special import betaincinv
+
+    errors, right = np.asarray(errors, float), np.asarray(samples, float) - errors
+    quantile = betaincinv(errors + 1, np.where(right > 0, right, 1), 1 - delta)
+    return np.where(right > 0, quantile, 1.0)
+
+
+def _fit_band(
+    cascade: Cascade,
+    model: Model,
+    loader: Iterable[Any],
+    choose: Callable[[NDArray[np.float64], NDArray[np.bool_]], float],
+    progress: bool,
+) -> None:
+    batches = []
+    for x, target in labelled_batches(model, loader, progress, "fit Cascade"):
+        cheap, prediction = cascade.cheap.score_and_predict(model, x)
+        expensive = cascade.expensive.score(model, x)
+        batches.append([value.cpu() for value in (cheap, expensive, prediction == target)])
+    cheap, expensive, correct = (torch.cat(values) for values in zip(*batches, strict=True))
+    cascade.fit_band(cheap, expensive, choose(expensive.double().numpy(), correct.numpy()))
+    cascade.expensive = _own(cascade.expensive)  # which counts its rows from 0
+
+
+def _isotonic(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+    """The isotonic regression of being right on the confidence, as the starts of its steps.
+
+    A step function needs no arithmetic on confidences, which may be infinite.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    known = ~np.isnan(confidence)
+    values, rank = np.unique(confidence[known], return_inverse=True)
+    fitted = IsotonicRegression().fit(rank, correct[known]).predict(np.arange(len(values)))
+    first = np.concatenate([[True], np.diff(fitted) > 0])
+    return torch.from_numpy(values[first]), torch.from_numpy(fitted[first])
+
+
+# --- Splitting held-out data ----------------------------------------------------------------------
+
+
+class _Split:
+    """A random split of a loader's samples in two, the same in every pass."""
+
+    def __init__(self, loader: Iterable[Any], tune_share: float, seed: int) -> None:
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, torch.utils.data.RandomSampler):
+            raise ValueError(f"the loader shuffles. {_ONE_ORDER}")
+        if iter(loader) is loader:
+            raise ValueError(f"the loader is an iterator, for one pass only. {_ONE_ORDER}")
+        self.loader, self.tune_share, self.seed = loader, tune_share, seed
+        self.checksums: list[int] = []
+        self.complete = False
+
+    def part(self, tune: bool) -> _Part:
+        return _Part(self, tune)
+
+
+_ONE_ORDER = (
+    "The score needs a fit, on a part of the samples that must be kept from the others in several "
+    "passes: give a DataLoader with shuffle=False or a list of batches, or fit the score on other "
+    "data first"
+)
+
+
+class _Part:
+    """One part of a `_Split`."""
+
+    def __init__(self, split: _Split, tune: bool) -> None:
+        self.split, self.tune = split, tune
+        self.samples = 0
+
+    def __len__(self) -> int:
+        return len(self.split.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        split, self.samples = self.split, 0
+        generator = torch.Generator().manual_seed(split.seed)
+        count = 0
+        for count, batch in enumerate(split.loader, start=1):
+            if not isinstance(batch, tuple | list) or len(batch) < 2:
+                yield batch  # for the error of whoever takes it
+                return
+            x, target = batch[0], torch.as_tensor(batch[1])
+            self._check(count, zlib.crc32(raw_bytes(target), zlib.crc32(raw_bytes(x))))
+            chosen = torch.rand(len(x), generator=generator) < split.tune_share
+            rows = (chosen if self.tune else ~chosen).nonzero().squeeze(1)
+            if len(rows):
+                self.samples += len(rows)
+                yield x[rows.to(x.device)], target[rows.to(target.device)]
+        if split.complete and count != len(split.checksums):
+            raise ValueError(f"the loader's passes differ. {_ONE_ORDER}")
+        split.complete = True
+        if count and not self.samples:
+            raise ValueError(
+                f"a tune_share of {split.tune_share:g} leaves no sample to "
+                f"{'tune the score' if self.tune else 'choose the threshold'} on; hold out more"
+            )
+
+    def _check(self, count: int, checksum: int) -> None:
+        known = self.split.checksums
+        if not self.split.complete and count > len(known):
+            known.append(checksum)
+        elif count > len(known) or known[count - 1] != checksum:
+            raise ValueError(f"the loader's passes differ. {_ONE_ORDER}")
+
+
+# --- Saving ---------------------------------------------------------------------------------------
+
+
+def _own(score: str | Score) -> Score:
+    """The score by this name, or a copy that can be fitted, and counts, apart from the original."""
+    if isinstance(score, str):
+        return scores.get(score)
+    if not isinstance(score, Score):
+        raise TypeError(f"score is a {type(score).__name__}; expected a name or a Score")
+    if isinstance(score, Cascade):
+        own = copy.copy(score)
+        own.cheap, own.expensive = _own(score.cheap), _own(score.expensive)
+        own._samples = own._examined = 0
+        return own
+    if isinstance(score, TunedScore) and not score.needs_fit:
+        return score.at(score.setting)
+    return copy.copy(score)
+
+
+def _packed(score: Score, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The score as values for JSON; its tensors are put under the prefix."""
+    if isinstance(score, Cascade):
+        parts = {
+            name: _packed(getattr(score, name), f"{prefix}.{name}", tensors)
+            for name in ("cheap", "expensive")
+        }
+        return {**parts, "band": list(map(str, score.band)), "max_changed": score.max_changed}
+    kind, name = type(score), scores.name_of(score)
+    if name is None:
+        raise ValueError(
+            f"a {kind.__name__} cannot be saved: its class is not registered; put "
+            "@rat_ext.scores.register(name) above it"
+        )
+    try:
+        for method in ("__init__", "fit"):
+            if not issubclass(_definer(kind, "state"), _definer(kind, method)):
+                raise TypeError(f"{kind.__name__} defines {method}(), but not state() with it")
+        state = score.state()
+        values = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        json.dumps(values, allow_nan=False)
+        kind.from_state(state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the score {name!r} cannot be saved: {error}. Let {kind.__name__}.state() return "
+            "tensors, and values that JSON has, from which from_state() makes the fitted score"
+        ) from error
+    tensors.update({f"{prefix}.{key}": state[key] for key in state.keys() - values.keys()})
+    return {"name": name, "state": values}
+
+
+def _unpacked(packed: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> Score:
+    if "band" in packed:
+        parts = {
+            name: _unpacked(packed[name], f"{prefix}.{name}", tensors)
+            for name in ("cheap", "expensive")
+        }
+        cascade = Cascade(**parts, max_changed=packed["max_changed"])
+        low, high = map(float, packed["band"])
+        cascade.band = low, high
+        return cascade
+    name = packed["name"]
+    if name not in scores.names():
+        raise ValueError(
+            f"no score is named {name!r}; import the module that registers it before loading"
+        )
+    own = {
+        key.removeprefix(f"{prefix}."): value
+        for key, value in tensors.items()
+        if key.startswith(f"{prefix}.")
+    }
+    return scores._registry[name].from_state({**packed["state"], **own})
+
+
+def _definer(kind: type, method: str) -> type:
+    """The class that a method of `kind` comes from."""
+    return next(cls for cls in kind.__mro__ if method in vars(cls))
+
+
+def _check_fingerprint(path: Path, known: str | None, model: Model) -> None:
+    escape = "pass strict=False if it is the same all the same"
+    if known is None or not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{path} cannot be checked against this model: a callable that is no nn.Module has no "
+            f"state dict; {escape}"
+        )
+    if fingerprint(model) != known:
+        raise ValueError(
+            f"{path} was fitted on a model with other weights than this {type(model).__name__}, "
+            f"for which its threshold means nothing: load the weights that it was fitted on, or "
+            f"fit a detector on these; {escape}"
+        )
+
+
+def _require_libraries(calibrate: bool) -> None:
+    try:
+        import scipy.special  # noqa: F401
+
+        if calibrate:
+            import sklearn.isotonic  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"fitting a detector needs scipy and scikit-learn: {_EXTRA}") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"saving and loading a detector needs safetensors: {_EXTRA}") from error
+    return safetensors
