@@ -11,14 +11,12 @@ Classification for Deep Neural Networks" (NeurIPS 2017): see `Detector.fit`.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import scores
-from ._model import Model, fingerprint, raw_bytes
-from .scores import Score, TunedScore, labelled_batches, wide
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from ._model import Model, fingerprint
+from ._split import Split
+from ._threshold import Rule, upper_bound
+from .cascade import Cascade, own
+from .scores import Score, labelled_batches
 
 _KEY, _VERSION = "rat_ext.detector", 1  # of the metadata in a detector's file
 _EXTRA = "pip install 'rat-ext[detector]'"
@@ -138,119 +136,6 @@ class DetectorReport:
         return "\n".join(lines)
 
 
-class Cascade(Score):
-    """A cheap score for most samples, an expensive one for those near the threshold.
-
-    Where the cheap score is above a band the confidence is inf, below it -inf, and within it (ends
-    included) that of the expensive score. So it is a score like any other: what `Detector.fit`
-    guarantees for scores holds for the cascade's own decisions, whatever the band.
-
-    `Detector.fit` fits the band, on the samples that tune the score: the one with the fewest
-    samples in it of those that change at most ``max_changed`` of the decisions which the expensive
-    score would make alone.
-
-    Args:
-        cheap: a score, or the name of one; best one of the logits alone.
-        expensive: likewise.
-        max_changed: share of all decisions, in [0, 1).
-    """
-
-    def __init__(
-        self,
-        cheap: str | Score = "msr",
-        expensive: str | Score = "rr-bs",
-        *,
-        max_changed: float = 0.01,
-    ) -> None:
-        if not 0 <= max_changed < 1:
-            raise ValueError(f"max_changed is {max_changed}; it must be at least 0 and below 1")
-        self.cheap, self.expensive = _own(cheap), _own(expensive)
-        self.max_changed = max_changed
-        self.band: tuple[float, float] | None = None
-        """The least and the largest cheap confidence that the expensive score is needed for."""
-        self._samples = self._examined = 0
-
-    @property
-    def needs_fit(self) -> bool:
-        return self.band is None
-
-    @property
-    def examined(self) -> float:
-        """Measured: the share of the samples scored that needed the expensive score."""
-        return self._examined / self._samples if self._samples else math.nan
-
-    @property
-    def forward_rows(self) -> float:
-        """Measured, on the samples scored since the band was fitted; nan before."""
-        return self._rows("forward_rows")
-
-    @property
-    def backward_rows(self) -> float:
-        return self._rows("backward_rows")
-
-    def _rows(self, which: str) -> float:
-        more = self.examined * getattr(self.expensive, which) if self._examined else 0.0
-        return getattr(self.cheap, which) + more if self._samples else math.nan
-
-    def fit(self, model: Model, loader: Iterable[Any], *, progress: bool = True) -> Self:
-        """Fit the two scores, where they need it; not the band, which `fit_band` does."""
-        for score in (self.cheap, self.expensive):
-            if score.needs_fit:
-                score.fit(model, loader, progress=progress)
-        return self
-
-    def fit_band(self, cheap: Tensor, expensive: Tensor, threshold: float) -> Self:
-        """Choose the band.
-
-        Args:
-            cheap: (N,) confidences on held-out data.
-            expensive: (N,) those of the expensive score for the same samples.
-            threshold: least confidence of the expensive score that is accepted.
-        """
-        known = ~cheap.isnan()
-        value, order = cheap[known].double().cpu().sort(descending=True)
-        value = value.numpy()
-        accept = (expensive[known].cpu() >= threshold)[order].numpy()
-        n = len(value)
-        # From the most confident sample on: [0, i) accepted unseen, [i, j) in the band, [j, n)
-        # rejected unseen. Neither end parts a tie.
-        wrongly_accepted = np.concatenate([[0], np.cumsum(~accept)])
-        wrongly_rejected = np.concatenate([np.cumsum(accept[::-1])[::-1], [0]])
-        cuts = np.concatenate([[0], np.flatnonzero(value[1:] != value[:-1]) + 1, [n]])
-        budget = math.floor(self.max_changed * len(cheap))
-        begins = cuts[wrongly_accepted[cuts] <= budget]
-        left = budget - wrongly_accepted[begins]
-        ends = cuts[np.searchsorted(-wrongly_rejected[cuts], -left)]
-        ends = np.maximum(begins, ends)
-        best = int(np.argmin(ends - begins))
-        i, j = int(begins[best]), int(ends[best])
-        low = math.inf if j == 0 else -math.inf if j == n else float(value[j - 1])
-        high = math.inf if i == 0 else -math.inf if i == n else float(value[i])
-        self.band = low, high
-        self._samples = self._examined = 0
-        return self
-
-    def score(self, model: Model, x: Tensor) -> Tensor:
-        return self.score_and_predict(model, x)[0]
-
-    def score_and_predict(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.band is None:
-            raise RuntimeError("the cascade has no band yet: Detector.fit fits it on held-out data")
-        cheap, prediction = self.cheap.score_and_predict(model, x)
-        low, high = self.band
-        above = cheap > high
-        within = (cheap >= low) & ~above
-        # A cheap confidence of nan stays nan: it is neither below the band nor in it.
-        confidence = wide(cheap).masked_fill(cheap < low, -math.inf)
-        confidence = confidence.masked_fill(above, math.inf)
-        rows = within.nonzero().squeeze(1)
-        if len(rows):
-            confidence[rows] = self.expensive.score(model, x[rows]).to(confidence.dtype)
-        self._samples += len(x)
-        self._examined += len(rows)
-        return confidence, prediction
-
-
 class Detector:
     """Accepts the predictions whose confidence reaches a threshold, and rejects the others.
 
@@ -340,59 +225,63 @@ class Detector:
                 its range; a loader whose passes differ, or that gives no usable samples.
             ImportError: scipy or scikit-learn is not installed.
         """
-        rule = _Rule.of(target_risk, coverage, tpr, delta)
+        rule = Rule.checked(target_risk, coverage, tpr, delta)
         if not 0 < tune_share < 1:
             raise ValueError(f"tune_share is {tune_share}; it must be between 0 and 1")
         _require_libraries(calibrate)
-        score = _own(score)
+        score = own(score)
         held_out, tuned_on = loader, 0
         if score.needs_fit:
-            split = _Split(loader, tune_share, seed)
-            tune, held_out = split.part(tune=True), split.part(tune=False)
-            score.fit(model, tune, progress=progress)
+            split = Split(loader, tune_share, seed)
+            held_out = split.rest
+            score.fit(model, split.tune, progress=progress)
             if isinstance(score, Cascade):
                 ratio = (1 - tune_share) / tune_share
-                _fit_band(score, model, tune, lambda *data: rule.anticipate(*data, ratio), progress)
-            tuned_on = tune.samples
-        alone = _own(score.expensive) if isinstance(score, Cascade) else None
-        confidences, correct, others = [], [], []
+                score.fit_band(
+                    model,
+                    split.tune,
+                    lambda confidence, right: rule.anticipate(confidence, right, ratio),
+                    progress=progress,
+                )
+            tuned_on = split.tune.samples
+        alone = own(score.expensive) if isinstance(score, Cascade) else None
+        batches, alone_batches = [], []
         for x, target in labelled_batches(model, held_out, progress, "fit Detector"):
-            confidence, prediction = score.score_and_predict(model, x)
-            confidences.append(confidence.cpu())
-            correct.append((prediction == target).cpu())
+            values, prediction = score.score_and_predict(model, x)
+            batches.append((values.cpu(), (prediction == target).cpu()))
             if alone is not None:
-                others.append(alone.score(model, x).cpu())
+                alone_batches.append(alone.score(model, x).cpu())
+        confidences, rights = zip(*batches, strict=True)
         confidence = torch.cat(confidences).double().numpy()
-        right = torch.cat(correct).numpy() & ~np.isnan(confidence)
-        chosen = rule.choose(_Candidates.of(confidence, right))
-        accepted, n = int(chosen.accepted), len(confidence)
-        report = DetectorReport(
-            criterion=rule.criterion,
-            value=rule.value,
-            delta=delta,
-            threshold=float(chosen.threshold),
-            samples=n,
-            tuned_on=tuned_on,
-            right=int(right.sum()),
-            accepted=accepted,
-            errors=int(chosen.errors),
-            coverage_bound=1 - float(_upper_bound(n - accepted, n, delta)),
-            risk_bound=float(chosen.risk_bound),
-            cascade=None
-            if alone is None
-            else CascadeReport(
+        right = torch.cat(rights).numpy() & ~np.isnan(confidence)
+        threshold = rule.choose(confidence, right)
+        cascade = None
+        if alone is not None:
+            changed = (confidence >= threshold.value) != (
+                torch.cat(alone_batches).double().numpy() >= threshold.value
+            )
+            cascade = CascadeReport(
                 examined=score.examined,
-                changed=float(
-                    np.mean(
-                        (torch.cat(others).double().numpy() >= chosen.threshold)
-                        != (confidence >= chosen.threshold)
-                    )
-                ),
+                changed=float(changed.mean()),
                 forward_rows=score.forward_rows,
                 backward_rows=score.backward_rows,
                 expensive_forward_rows=alone.forward_rows,
                 expensive_backward_rows=alone.backward_rows,
-            ),
+            )
+        samples = len(confidence)
+        report = DetectorReport(
+            criterion=rule.criterion,
+            value=rule.value,
+            delta=rule.delta,
+            threshold=threshold.value,
+            samples=samples,
+            tuned_on=tuned_on,
+            right=int(right.sum()),
+            accepted=threshold.accepted,
+            errors=threshold.errors,
+            coverage_bound=1 - float(upper_bound(samples - threshold.accepted, samples, delta)),
+            risk_bound=threshold.risk_bound,
+            cascade=cascade,
         )
         steps = _isotonic(confidence, right) if calibrate else None
         known = fingerprint(model) if isinstance(model, nn.Module) else None
@@ -499,162 +388,6 @@ class Detector:
         return cls(model, score, DetectorReport(**report), steps, model_fingerprint=known)
 
 
-# --- Choosing a threshold -------------------------------------------------------------------------
-
-
-class _Candidates(NamedTuple):
-    """The thresholds that tell samples apart, strictest first: arrays of the same length."""
-
-    threshold: NDArray[np.float64]
-    accepted: NDArray[np.int64]
-    """Samples that reach the threshold: ties are accepted together."""
-    errors: NDArray[np.int64]
-    """Of these, the wrong predictions."""
-    samples: int
-    """All of them, also those without a confidence."""
-    right: int
-
-    @classmethod
-    def of(cls, confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> _Candidates:
-        known = ~np.isnan(confidence)
-        negated, rank = np.unique(-confidence[known], return_inverse=True)
-        accepted = np.bincount(rank, minlength=len(negated)).cumsum()
-        right = np.bincount(rank[correct[known]], minlength=len(negated)).cumsum()
-        total = int(correct[known].sum())
-        return cls(-negated, accepted, accepted - right, len(confidence), total)
-
-
-class _Chosen(NamedTuple):
-    threshold: float
-    accepted: int
-    errors: int
-    risk_bound: float
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What a threshold is to do."""
-
-    criterion: str
-    value: float
-    delta: float
-
-    @classmethod
-    def of(
-        cls, target_risk: float | None, coverage: float | None, tpr: float | None, delta: float
-    ) -> _Rule:
-        asked = {"target_risk": target_risk, "coverage": coverage, "tpr": tpr}
-        given = {name: value for name, value in asked.items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of target_risk, coverage and tpr, not {len(given)} of them"
-            )
-        ((criterion, value),) = given.items()
-        if not 0 < value <= 1 or (criterion == "target_risk" and value == 1):
-            end = "below 1" if criterion == "target_risk" else "at most 1"
-            raise ValueError(f"{criterion} is {value}; it must be above 0 and {end}")
-        if not 0 < delta < 1:
-            raise ValueError(f"delta is {delta}; it must be between 0 and 1")
-        return cls(criterion, float(value), float(delta))
-
-    def choose(self, candidates: _Candidates) -> _Chosen:
-        if not len(candidates.threshold):
-            raise ValueError(f"the confidence of all {candidates.samples} samples is nan")
-        if self.criterion == "target_risk":
-            index, bound = self._guaranteed(candidates)
-        else:
-            index = self._reaching(candidates)
-            bound = _upper_bound(candidates.errors[index], candidates.accepted[index], self.delta)
-        return _Chosen(
-            candidates.threshold[index],
-            candidates.accepted[index],
-            candidates.errors[index],
-            bound,
-        )
-
-    def anticipate(
-        self, confidence: NDArray[np.float64], correct: NDArray[np.bool_], ratio: float
-    ) -> float:
-        """The threshold to expect from `ratio` times as many samples as these."""
-        candidates = _Candidates.of(confidence, correct)
-        if self.criterion != "target_risk":
-            return self.choose(candidates).threshold
-        errors, accepted = ratio * candidates.errors, ratio * candidates.accepted
-        bounds = _upper_bound(errors, accepted, self.delta / _tests(ratio * candidates.samples))
-        good = np.flatnonzero(bounds <= self.value)
-        return candidates.threshold[good[-1] if len(good) else np.argmin(bounds)]
-
-    def _reaching(self, candidates: _Candidates) -> int:
-        """The strictest threshold with the coverage or the true-positive rate."""
-        counts, total = candidates.accepted, candidates.samples
-        if self.criterion == "tpr":
-            counts, total = candidates.accepted - candidates.errors, candidates.right
-            if not total:
-                raise ValueError("no prediction is right, so that no threshold has a tpr")
-        # Rounded first: 0.07 * 100 is just above 7 in floating point, and its ceil would be 8.
-        index = np.searchsorted(counts, math.ceil(round(self.value * total, 9)))
-        if index == len(counts):
-            unknown = total - counts[-1]
-            raise ValueError(
-                f"no threshold has a {self.criterion} of {self.value:g}: the confidence of "
-                f"{unknown} of {total} samples is nan"
-            )
-        return int(index)
-
-    def _guaranteed(self, candidates: _Candidates) -> tuple[int, float]:
-        """The laxest threshold that is certified to have the target risk, and its bound."""
-        tests = _tests(candidates.samples)
-        bounds = _upper_bound(candidates.errors, candidates.accepted, self.delta / tests)
-        # Where fewer samples are accepted, even no error among them would not do.
-        least = math.log(self.delta / tests) / math.log1p(-self.value)
-        most = candidates.accepted[-1]
-        if least <= most:
-            starts = np.searchsorted(candidates.accepted, np.linspace(least, most, tests))
-            failures = np.append(np.flatnonzero(bounds > self.value), len(bounds))
-            ends = failures[np.searchsorted(failures, starts)]
-            if (ends > starts).any():
-                last = ends[ends > starts].max() - 1
-                return int(last), bounds[last]
-            bounds = bounds[starts]
-        raise ValueError(
-            f"no threshold guarantees a risk of at most {self.value:g} with probability "
-            f"{1 - self.delta:g}: the best bound that {candidates.samples:,} samples give is "
-            f"{bounds.min():.4g}. Hold out more samples (at least {math.ceil(least):,} must be "
-            "accepted, if none of them is wrong), or raise target_risk or delta"
-        )
-
-
-def _tests(samples: float) -> int:
-    """How many thresholds delta is shared among."""
-    return max(1, math.ceil(math.log2(samples)))
-
-
-def _upper_bound(errors: Any, samples: Any, delta: float) -> NDArray[np.float64]:
-    """One-sided Clopper-Pearson: the largest error rate not rejected at level delta."""
-    from scipy.special import betaincinv
-
-    errors, right = np.asarray(errors, float), np.asarray(samples, float) - errors
-    quantile = betaincinv(errors + 1, np.where(right > 0, right, 1), 1 - delta)
-    return np.where(right > 0, quantile, 1.0)
-
-
-def _fit_band(
-    cascade: Cascade,
-    model: Model,
-    loader: Iterable[Any],
-    choose: Callable[[NDArray[np.float64], NDArray[np.bool_]], float],
-    progress: bool,
-) -> None:
-    batches = []
-    for x, target in labelled_batches(model, loader, progress, "fit Cascade"):
-        cheap, prediction = cascade.cheap.score_and_predict(model, x)
-        expensive = cascade.expensive.score(model, x)
-        batches.append([value.cpu() for value in (cheap, expensive, prediction == target)])
-    cheap, expensive, correct = (torch.cat(values) for values in zip(*batches, strict=True))
-    cascade.fit_band(cheap, expensive, choose(expensive.double().numpy(), correct.numpy()))
-    cascade.expensive = _own(cascade.expensive)  # which counts its rows from 0
-
-
 def _isotonic(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
     """The isotonic regression of being right on the confidence, as the starts of its steps.
 
@@ -669,92 +402,7 @@ def _isotonic(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> tu
     return torch.from_numpy(values[first]), torch.from_numpy(fitted[first])
 
 
-# --- Splitting held-out data ----------------------------------------------------------------------
-
-
-class _Split:
-    """A random split of a loader's samples in two, the same in every pass."""
-
-    def __init__(self, loader: Iterable[Any], tune_share: float, seed: int) -> None:
-        sampler = getattr(loader, "sampler", None)
-        if isinstance(sampler, torch.utils.data.RandomSampler):
-            raise ValueError(f"the loader shuffles. {_ONE_ORDER}")
-        if iter(loader) is loader:
-            raise ValueError(f"the loader is an iterator, for one pass only. {_ONE_ORDER}")
-        self.loader, self.tune_share, self.seed = loader, tune_share, seed
-        self.checksums: list[int] = []
-        self.complete = False
-
-    def part(self, tune: bool) -> _Part:
-        return _Part(self, tune)
-
-
-_ONE_ORDER = (
-    "The score needs a fit, on a part of the samples that must be kept from the others in several "
-    "passes: give a DataLoader with shuffle=False or a list of batches, or fit the score on other "
-    "data first"
-)
-
-
-class _Part:
-    """One part of a `_Split`."""
-
-    def __init__(self, split: _Split, tune: bool) -> None:
-        self.split, self.tune = split, tune
-        self.samples = 0
-
-    def __len__(self) -> int:
-        return len(self.split.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        split, self.samples = self.split, 0
-        generator = torch.Generator().manual_seed(split.seed)
-        count = 0
-        for count, batch in enumerate(split.loader, start=1):
-            if not isinstance(batch, tuple | list) or len(batch) < 2:
-                yield batch  # for the error of whoever takes it
-                return
-            x, target = batch[0], torch.as_tensor(batch[1])
-            self._check(count, zlib.crc32(raw_bytes(target), zlib.crc32(raw_bytes(x))))
-            chosen = torch.rand(len(x), generator=generator) < split.tune_share
-            rows = (chosen if self.tune else ~chosen).nonzero().squeeze(1)
-            if len(rows):
-                self.samples += len(rows)
-                yield x[rows.to(x.device)], target[rows.to(target.device)]
-        if split.complete and count != len(split.checksums):
-            raise ValueError(f"the loader's passes differ. {_ONE_ORDER}")
-        split.complete = True
-        if count and not self.samples:
-            raise ValueError(
-                f"a tune_share of {split.tune_share:g} leaves no sample to "
-                f"{'tune the score' if self.tune else 'choose the threshold'} on; hold out more"
-            )
-
-    def _check(self, count: int, checksum: int) -> None:
-        known = self.split.checksums
-        if not self.split.complete and count > len(known):
-            known.append(checksum)
-        elif count > len(known) or known[count - 1] != checksum:
-            raise ValueError(f"the loader's passes differ. {_ONE_ORDER}")
-
-
 # --- Saving ---------------------------------------------------------------------------------------
-
-
-def _own(score: str | Score) -> Score:
-    """The score by this name, or a copy that can be fitted, and counts, apart from the original."""
-    if isinstance(score, str):
-        return scores.get(score)
-    if not isinstance(score, Score):
-        raise TypeError(f"score is a {type(score).__name__}; expected a name or a Score")
-    if isinstance(score, Cascade):
-        own = copy.copy(score)
-        own.cheap, own.expensive = _own(score.cheap), _own(score.expensive)
-        own._samples = own._examined = 0
-        return own
-    if isinstance(score, TunedScore) and not score.needs_fit:
-        return score.at(score.setting)
-    return copy.copy(score)
 
 
 def _packed(score: Score, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
