@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+RESAMPLES = 100
+"""Of the bootstrap that tells where the threshold may come to lie."""
+
+
 class Cascade(Score):
     """A cheap score for most samples, an expensive one for those near the threshold.
 
@@ -27,9 +31,9 @@ class Cascade(Score):
     included) that of the expensive score. So it is a score like any other: what `Detector.fit`
     guarantees for scores holds for the cascade's own decisions, whatever the band.
 
-    `Detector.fit` fits the band, on the samples that tune the score: the one with the fewest
-    samples in it of those that change at most ``max_changed`` of the decisions which the expensive
-    score would make alone.
+    `Detector.fit` fits the band on the samples that tune the score: the one with the fewest samples
+    in it of those that change at most ``max_changed`` of the decisions there, for any threshold
+    between the 2.5 % and the 97.5 % quantile of the thresholds that bootstrap resamples would have.
 
     Args:
         cheap: a score, or the name of one; best one of the logits alone.
@@ -104,9 +108,17 @@ class Cascade(Score):
             expensive = self.expensive.score(model, x)
             batches.append([value.cpu() for value in (cheap, expensive, prediction == target)])
         cheap, expensive, correct = (torch.cat(values) for values in zip(*batches, strict=True))
-        expensive = expensive.double().numpy()
-        accept = expensive >= threshold(expensive, correct.numpy())
-        self.band = narrowest_band(cheap.double().numpy(), accept, self.max_changed)
+        expensive, correct = expensive.double().numpy(), correct.numpy()
+        # The threshold to come is not known but for its spread, of which the band has to take care.
+        draws = np.random.default_rng(0).integers(len(correct), size=(RESAMPLES, len(correct)))
+        thresholds = [threshold(expensive[draw], correct[draw]) for draw in draws]
+        laxest, strictest = np.quantile(thresholds, [0.025, 0.975], method="nearest")
+        self.band = narrowest_band(
+            cheap.double().numpy(),
+            rejected=~(expensive >= strictest),
+            accepted=expensive >= laxest,
+            max_changed=self.max_changed,
+        )
         self.expensive = own(self.expensive)  # its count of rows starts anew
         self._samples = self._examined = 0
         return self
@@ -133,27 +145,34 @@ class Cascade(Score):
 
 
 def narrowest_band(
-    cheap: NDArray[np.float64], accept: NDArray[np.bool_], max_changed: float
+    cheap: NDArray[np.float64],
+    *,
+    rejected: NDArray[np.bool_],
+    accepted: NDArray[np.bool_],
+    max_changed: float,
 ) -> tuple[float, float]:
     """The band of the cheap confidence with the fewest samples in it.
 
-    Above it samples are accepted and below it rejected; at most the share ``max_changed`` of all
-    samples is decided otherwise than by ``accept``. Where one end is not needed it is infinite.
+    Above it samples are accepted and below it rejected. At most the share ``max_changed`` of all
+    samples is accepted there although ``rejected``, or rejected although ``accepted``. An end of
+    the band that is not needed is infinite.
 
     Args:
-        cheap: (N,) confidences; those that are nan are left out.
-        accept: (N,) the decisions to reproduce.
+        cheap: (N,) confidences; samples where it is nan are left out.
+        rejected: (N,) those that should not be accepted unseen.
+        accepted: (N,) those that should not be rejected unseen; a sample may be both.
         max_changed: in [0, 1).
     """
     budget = math.floor(max_changed * len(cheap))
-    cheap, accept = cheap[~np.isnan(cheap)], accept[~np.isnan(cheap)]
+    known = ~np.isnan(cheap)
+    cheap, rejected, accepted = cheap[known], rejected[known], accepted[known]
     n, order = len(cheap), np.argsort(-cheap, kind="stable")
-    cheap, accept = cheap[order], accept[order]
+    cheap, rejected, accepted = cheap[order], rejected[order], accepted[order]
     # Most confident first: [0, begin) is accepted unseen, [begin, end) is the band, and [end, n) is
     # rejected unseen. Ties stay together.
     cuts = np.concatenate([[0], np.flatnonzero(cheap[1:] != cheap[:-1]) + 1, [n]])
-    wrong_above = np.concatenate([[0], np.cumsum(~accept)])[cuts]
-    wrong_below = np.concatenate([np.cumsum(accept[::-1])[::-1], [0]])[cuts]
+    wrong_above = np.concatenate([[0], np.cumsum(rejected)])[cuts]
+    wrong_below = np.concatenate([np.cumsum(accepted[::-1])[::-1], [0]])[cuts]
     allowed = wrong_above <= budget
     begins = cuts[allowed]
     ends = cuts[np.searchsorted(-wrong_below, wrong_above[allowed] - budget)]
