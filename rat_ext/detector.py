@@ -166,6 +166,11 @@ class Detector:
         """The least confidence that is accepted."""
         return self.report.threshold
 
+    @property
+    def calibrated(self) -> bool:
+        """Decisions come with probabilities."""
+        return self._steps is not None
+
     def __repr__(self) -> str:
         return f"Detector({type(self.score).__name__}, {self.report})"
 
@@ -322,7 +327,7 @@ class Detector:
             ValueError: the score cannot be saved; says why.
             ImportError: safetensors is not installed.
         """
-        save_file = _safetensors().torch.save_file
+        save_file = require_safetensors().torch.save_file
         from .training import replace
 
         tensors: dict[str, Tensor] = {}
@@ -356,7 +361,7 @@ class Detector:
                 registered.
             ImportError: safetensors is not installed.
         """
-        safetensors = _safetensors()
+        safetensors = require_safetensors()
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no detector {path}")
@@ -489,7 +494,8 @@ def _require_libraries(calibrate: bool) -> None:
         raise ImportError(f"fitting a detector needs scipy and scikit-learn: {_EXTRA}") from error
 
 
-def _safetensors() -> Any:
+def require_safetensors() -> Any:
+    """The module that detectors are saved with."""
     try:
         import safetensors.torch
     except ImportError as error:
