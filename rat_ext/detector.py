@@ -81,7 +81,7 @@ class DetectorReport:
     criterion: str
     """What was asked for: "target_risk", "coverage" or "tpr"."""
     value: float
-    """Of it that was asked for."""
+    """How much of it."""
     delta: float
     """Each bound fails with at most this probability."""
     threshold: float
@@ -139,8 +139,8 @@ class DetectorReport:
 class Detector:
     """Accepts the predictions whose confidence reaches a threshold, and rejects the others.
 
-    Made by `Detector.fit` or `Detector.load`. ``detector(x)`` needs a classifier's forward pass
-    once for the scores of the logits alone, and what a robust radius takes for the radii.
+    Made by `Detector.fit` or `Detector.load`. ``detector(x)`` costs what the score costs: a forward
+    pass for a score of the logits. The prediction comes with it.
 
     Attributes:
         model: the classifier.
@@ -335,7 +335,7 @@ class Detector:
             "version": _VERSION,
             "fingerprint": self._fingerprint,
             "score": _packed(self.score, "score", tensors),
-            # As text, which JSON has no need to read: the threshold may be infinite.
+            # As text: it may be infinite, for which JSON has no number.
             "report": {**asdict(self.report), "threshold": str(self.threshold)},
         }
         if self._steps is not None:
@@ -456,12 +456,12 @@ def _unpacked(packed: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -
         raise ValueError(
             f"no score is named {name!r}; import the module that registers it before loading"
         )
-    own = {
+    held = {
         key.removeprefix(f"{prefix}."): value
         for key, value in tensors.items()
         if key.startswith(f"{prefix}.")
     }
-    return scores._registry[name].from_state({**packed["state"], **own})
+    return scores._registry[name].from_state({**packed["state"], **held})
 
 
 def _definer(kind: type, method: str) -> type:
@@ -470,7 +470,7 @@ def _definer(kind: type, method: str) -> type:
 
 
 def _check_fingerprint(path: Path, known: str | None, model: Model) -> None:
-    escape = "pass strict=False if it is the same all the same"
+    escape = "pass strict=False if you know that it is the same"
     if known is None or not isinstance(model, nn.Module):
         raise ValueError(
             f"{path} cannot be checked against this model: a callable that is no nn.Module has no "
