@@ -7,6 +7,8 @@ Misclassification Detection Ability without Extra Data" (arXiv 2503.14783).
 
 from . import metrics, radius_scores, reference, scores
 from ._build import BuildInfo, __version__, build_info
+from .cascade import Cascade
+from .detector import Decision, Detector
 from .estimator import RadiusEstimator
 from .loss import RATLoss, RATLossOutput
 from .radius import (
@@ -20,6 +22,9 @@ from .shards import RadiusShards
 
 __all__ = [
     "BuildInfo",
+    "Cascade",
+    "Decision",
+    "Detector",
     "LoaderRadii",
     "RATLoss",
     "RATLossOutput",

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_radii(commands)
+    _add_detector(commands)
     return parser
 
 
@@ -175,6 +176,28 @@ def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
+def _add_classifier(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, help="weights of the model")
+    _add_model(parser, required=False)
+
+
+def _classifier(options: argparse.Namespace, num_classes: int) -> tuple[str, torch.nn.Module]:
+    """The name of the trained model that was asked for, and the model."""
+    from . import models
+
+    if options.checkpoint is None and not options.pretrained:
+        raise ValueError("give the --checkpoint of the model, or --pretrained")
+    name = options.model
+    if name is None:
+        name = models.name_in(options.checkpoint) if options.checkpoint else None
+        if name is None:
+            raise ValueError("the checkpoint does not name its model: give --model")
+    model = models.create(name, num_classes, pretrained=options.pretrained)
+    if options.checkpoint is not None:
+        models.load_weights(model, options.checkpoint)
+    return name, model.eval()
+
+
 def _train(options: argparse.Namespace) -> None:
     import torch
 
@@ -225,8 +248,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(run=_evaluate, after_interrupt="; with --resume the command goes on")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--checkpoint", type=Path, help="weights of the model")
-    _add_model(parser, required=False)
+    _add_classifier(parser)
     _add_data(parser)
     parser.add_argument("--ood", help="a data set whose images are mixed in and count as errors")
     parser.add_argument(
@@ -264,7 +286,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
     )
     data = _data(options, "test")
-    model, name = _trained_model(options, len(data.classes))
+    name, model = _classifier(options, len(data.classes))
     title = f"Misclassification detection: {name} on {options.data}"
     if options.ood is not None:
         outliers = datasets.load(options.ood, "test", options.root, download=options.download)
@@ -272,7 +294,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         title += f" with {options.ood} as errors"
     with _device(options) as (device, _):
         result = evaluation.evaluate(
-            model.to(device).eval(),
+            model.to(device),
             data,
             settings,
             options.out,
@@ -300,8 +322,7 @@ def _add_radii(commands: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(run=_radii, after_interrupt="; with --resume the command goes on")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--checkpoint", type=Path, help="weights of the model")
-    _add_model(parser, required=False)
+    _add_classifier(parser)
     _add_data(parser)
     parser.add_argument("--split", choices=["test", "train"], default="test", help="of the data")
     parser.add_argument(
@@ -320,20 +341,14 @@ def _add_radii(commands: argparse._SubParsersAction) -> None:
 
 
 def _radii(options: argparse.Namespace) -> None:
-    import torch
-
-    from . import datasets
     from .radius import robust_radii
 
-    if options.batch_size < 1:
-        raise ValueError(f"batch_size is {options.batch_size}; it must be at least 1")
     data = _data(options, options.split)
-    model, _ = _trained_model(options, len(data.classes))
+    _, model = _classifier(options, len(data.classes))
     with _device(options) as (device, rank):
-        index = torch.arange(len(data)).split(options.batch_size)
         shards = robust_radii(
             model.to(device).eval(),
-            datasets.batches(data, [part.tolist() for part in index], options.workers, device),
+            _loader(options, data, device),
             out=options.out,
             resume=options.resume,
             batches_per_shard=options.batches_per_shard,
@@ -353,31 +368,140 @@ def _radii(options: argparse.Namespace) -> None:
     print(f"Radii: {options.out}, {len(shards)} {options.format} file(s)")
 
 
-def _trained_model(options: argparse.Namespace, classes: int) -> tuple[torch.nn.Module, str]:
-    """The model of --checkpoint, --model and --pretrained, and its name."""
-    from . import models
+def _add_detector(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "detector", help="fit a gate that accepts trustworthy predictions, or put it to use"
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="fit|apply")
 
-    if options.checkpoint is None and not options.pretrained:
-        raise ValueError("give the --checkpoint of the model, or --pretrained")
-    name = options.model
-    if name is None:
-        name = models.name_in(options.checkpoint) if options.checkpoint else None
-        if name is None:
-            raise ValueError("the checkpoint does not name its model: give --model")
-    model = models.create(name, classes, pretrained=options.pretrained)
-    if options.checkpoint is not None:
-        models.load_weights(model, options.checkpoint)
-    return model, name
+    fit = actions.add_parser(
+        "fit",
+        help="choose the threshold of a score on test images",
+        description="Chooses the threshold of a confidence score on test images; see "
+        "rat_ext.Detector.fit for\nwhat is guaranteed. Exactly one of --target-risk, --coverage "
+        "and --tpr is needed.",
+        formatter_class=_Formatter,
+    )
+    fit.set_defaults(run=_fit_detector)
+    fit.add_argument("--out", type=Path, required=True, help="file to write: .safetensors")
+    _add_classifier(fit)
+    _add_detector_data(fit)
+    fit.add_argument("--score", default="rr-bs", help="name of the confidence score")
+    fit.add_argument("--cascade", metavar="CHEAP", help="use this score where it will do")
+    criterion = fit.add_mutually_exclusive_group(required=True)
+    criterion.add_argument("--target-risk", type=float, help="error rate of what is accepted")
+    criterion.add_argument("--coverage", type=float, help="share of the images to accept")
+    criterion.add_argument("--tpr", type=float, help="share of right predictions to accept")
+    fit.add_argument("--delta", type=float, default=0.001, help="chance that a bound fails")
+    fit.add_argument("--tune-share", type=float, default=0.2, help="of the images, for the score")
+    fit.add_argument("--calibrate", action="store_true", help="give probabilities, too")
+    fit.add_argument("--seed", type=int, default=0, help="of the split for the score")
+
+    apply = actions.add_parser(
+        "apply",
+        help="predict test images, and decide which predictions to accept",
+        description="Writes a CSV file of predictions, confidences and decisions.",
+        formatter_class=_Formatter,
+    )
+    apply.set_defaults(run=_apply_detector)
+    apply.add_argument("--detector", type=Path, required=True, help="file that fit has written")
+    apply.add_argument("--out", type=Path, required=True, help="file to write: .csv")
+    _add_classifier(apply)
+    _add_detector_data(apply)
+
+
+def _add_detector_data(parser: argparse.ArgumentParser) -> None:
+    _add_data(parser)
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first images")
+    parser.add_argument("--batch-size", type=int, default=250, help="of images")
+
+
+def _fit_detector(options: argparse.Namespace) -> None:
+    from .cascade import Cascade
+    from .detector import Detector, require_safetensors
+
+    require_safetensors()  # rather than after the work
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    score = Cascade(options.cascade, options.score) if options.cascade else options.score
+    data = _data(options, "test")
+    _, model = _classifier(options, len(data.classes))
+    with _device(options) as (device, _):
+        detector = Detector.fit(
+            model.to(device),
+            _loader(options, data, device),
+            score,
+            target_risk=options.target_risk,
+            coverage=options.coverage,
+            tpr=options.tpr,
+            delta=options.delta,
+            tune_share=options.tune_share,
+            calibrate=options.calibrate,
+            seed=options.seed,
+        )
+    detector.save(options.out)
+    print(f"{detector.report}\nDetector: {options.out}")
+
+
+def _apply_detector(options: argparse.Namespace) -> None:
+    import csv
+
+    from .detector import Detector
+    from .scores import labelled_batches
+    from .training import replace
+
+    data = _data(options, "test")
+    _, model = _classifier(options, len(data.classes))
+    rows = accepted = errors = 0
+
+    def write(path: Path) -> None:
+        nonlocal rows, accepted, errors
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            names = ["prediction", "confidence", "accepted"]
+            names += ["probability"] if detector.calibrated else []
+            writer.writerow(["index", *names, "target"])
+            for x, target in labelled_batches(model, loader, True, "detector"):
+                out = detector(x)
+                columns = [getattr(out, name) for name in names] + [target]
+                values = zip(*(column.tolist() for column in columns), strict=True)
+                for index, row in enumerate(values, start=options.skip + rows):
+                    writer.writerow([index, *(int(v) if isinstance(v, bool) else v for v in row)])
+                rows += len(out)
+                accepted += int(out.accepted.sum())
+                errors += int((out.prediction != target)[out.accepted].sum())
+
+    with _device(options) as (device, _):
+        loader = _loader(options, data, device)
+        detector = Detector.load(options.detector, model.to(device))
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        replace(options.out, write)
+    wrong = f"; {100 * errors / accepted:.2f} % of these are wrong" if accepted else ""
+    share = f"{100 * accepted / rows:.2f} %"
+    print(f"Accepted {accepted:,} of {rows:,} images ({share}){wrong}. Decisions: {options.out}")
+
+
+def _loader(options: argparse.Namespace, data: Any, device: torch.device) -> Any:
+    import torch
+
+    from .datasets import batches
+
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size is {options.batch_size}; it must be at least 1")
+    parts = [part.tolist() for part in torch.arange(len(data)).split(options.batch_size)]
+    return batches(data, parts, options.workers, device)
 
 
 def _data(options: argparse.Namespace, split: str) -> Any:
     from . import datasets
 
     data = datasets.load(options.data, split, options.root, download=options.download)
-    if options.limit is not None:
-        if options.limit < 1:
-            raise ValueError(f"limit is {options.limit}; it must be at least 1")
-        data = datasets.first(data, options.limit)
+    skip = getattr(options, "skip", 0)
+    if not 0 <= skip < len(data):
+        raise ValueError(f"skip is {skip}; it must be from 0 to {len(data) - 1}")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"limit is {options.limit}; it must be at least 1")
+    if skip or options.limit is not None:
+        data = datasets.first(data, options.limit or len(data), skip)
     return data
 
 

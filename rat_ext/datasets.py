@@ -152,11 +152,11 @@ def with_outliers(data: Dataset, outliers: Dataset) -> Dataset:
     return mixture
 
 
-def first(data: Dataset, count: int) -> Dataset:
-    """The first images of a data set."""
+def first(data: Dataset, count: int, skip: int = 0) -> Dataset:
+    """The first images of a data set, after some to leave out."""
     if isinstance(data, Images):
-        return data.subset(slice(count))
-    part = Subset(data, range(min(count, len(data))))
+        return data.subset(slice(skip, skip + count))
+    part = Subset(data, range(skip, min(skip + count, len(data))))
     part.classes = data.classes
     return part
 

@@ -50,14 +50,26 @@ class RadiusScore(TunedScore):
         self._samples = self._rows = 0
         return self
 
+    def at(self, setting: Setting) -> Self:
+        """This score with one setting; it counts its forward rows anew."""
+        score = super().at(setting)
+        score._samples = score._rows = 0
+        return score
+
+    def state(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, **self.options}
+
     def score(self, model: Model, x: Tensor) -> Tensor:
         """(N,) radii; inf where no change was found, nan where a row is not finite."""
+        return self.score_and_predict(model, x)[0]
+
+    def score_and_predict(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
         result = robust_radius(
             model, x, method=self.method, temperature=self.temperature, full=True, **self.options
         )
         self._samples += len(result)
         self._rows += len(result) + int(result.forward_rows.sum())
-        return result.radius
+        return result.radius, result.prediction
 
     def score_settings(
         self, model: Model, x: Tensor, settings: Sequence[Setting]

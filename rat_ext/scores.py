@@ -77,6 +77,11 @@ def get(name: str, **options: Any) -> Score:
     return _registry[name](**options)
 
 
+def name_of(score: Score) -> str | None:
+    """The name under which a score's class is registered; None if it is not."""
+    return next((name for name, cls in _registry.items() if cls is type(score)), None)
+
+
 class Score(ABC):
     """What all scores have in common."""
 
@@ -99,6 +104,14 @@ class Score(ABC):
         """
         return self
 
+    @property
+    def needs_fit(self) -> bool:
+        """fit() has to be called before score().
+
+        A score with a fit() of its own tells when that is done; until it does, it always needs it.
+        """
+        return type(self).fit is not Score.fit
+
     @abstractmethod
     def score(self, model: Model, x: Tensor) -> Tensor:
         """Confidences in the model's predictions.
@@ -115,6 +128,34 @@ class Score(ABC):
             (N,) confidences on x's device, without a graph; nan where the logits are nan.
         """
 
+    def score_and_predict(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The confidences of `score`, and the (N,) int64 predictions that they are of.
+
+        The built-in scores get the predictions on the way; here they cost one more forward.
+        """
+        confidence = self.score(model, x)
+        if not len(x):
+            return confidence, _no_prediction(x)
+        with _left_alone(model, x):
+            return confidence, logits_of(model(x), len(x)).argmax(1)
+
+    def state(self) -> dict[str, Any]:
+        """What `from_state` makes this score from: tensors, and values that JSON has.
+
+        A class with a constructor or a fit() of its own defines this one, too.
+
+        Raises:
+            TypeError: the score has attributes, and no state() that tells which of them matter.
+        """
+        if vars(self):
+            raise TypeError(f"{type(self).__name__} does not define state()")
+        return {}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Self:
+        """The score, fitted, whose state() this was; here state() has the constructor's options."""
+        return cls(**state)
+
 
 class LogitScore(Score):
     """A score that is a function of the logits, the one thing that a subclass writes."""
@@ -126,10 +167,14 @@ class LogitScore(Score):
         """(N,) confidences from (N, C) logits, differentiable in the logits."""
 
     def score(self, model: Model, x: Tensor) -> Tensor:
+        return self.score_and_predict(model, x)[0]
+
+    def score_and_predict(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
         if not len(x):
-            return x.new_empty(0)
+            return x.new_empty(0), _no_prediction(x)
         with _left_alone(model, x):
-            return self.score_logits(logits_of(model(x), len(x)))
+            logits = logits_of(model(x), len(x))
+            return self.score_logits(logits), logits.argmax(1)
 
 
 @register("msr")
@@ -162,7 +207,7 @@ class NegativeEntropy(LogitScore):
     """The negated Shannon entropy of the softmax, in nats."""
 
     def score_logits(self, logits: Tensor) -> Tensor:
-        return -torch.special.entr(_wide(logits).softmax(1)).sum(1)
+        return -torch.special.entr(wide(logits).softmax(1)).sum(1)
 
 
 class Setting(NamedTuple):
@@ -197,6 +242,10 @@ class TunedScore(Score):
         self.grid = [Setting(t, p) for t in temperatures for p in perturbations]
         self.validation_aurc = {}
         self._setting = self.grid[0] if len(self.grid) == 1 else None
+
+    @property
+    def needs_fit(self) -> bool:
+        return self._setting is None
 
     @property
     def setting(self) -> Setting:
@@ -234,7 +283,7 @@ class TunedScore(Score):
         if len(self.grid) == 1:
             return self
         confidences, correct = [], []
-        for x, target in _batches(model, loader, progress, f"fit {type(self).__name__}"):
+        for x, target in labelled_batches(model, loader, progress, f"fit {type(self).__name__}"):
             confidence, prediction = self.score_settings(model, x, self.grid)
             confidences.append(confidence.cpu())
             correct.append((prediction == target).cpu())
@@ -293,10 +342,14 @@ class TunedLogitScore(TunedScore, LogitScore):
     def backward_rows(self) -> float:
         return 0.0 if self.logits_only else 1.0
 
-    def score(self, model: Model, x: Tensor) -> Tensor:
+    def score_and_predict(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
         if not len(x):
-            return x.new_empty(0)
-        return self.score_settings(model, x, [self.setting])[0][0]
+            return x.new_empty(0), _no_prediction(x)
+        confidences, prediction = self.score_settings(model, x, [self.setting])
+        return confidences[0], prediction
+
+    def state(self) -> dict[str, Any]:
+        return {**self.setting._asdict(), "bounds": list(self.bounds)}
 
     def score_settings(
         self, model: Model, x: Tensor, settings: Sequence[Setting]
@@ -331,7 +384,7 @@ class TunedLogitScore(TunedScore, LogitScore):
                 "perturbation=0.0 no gradient is needed"
             )
         with torch.enable_grad():
-            values = _wide(logits.detach()).requires_grad_()
+            values = wide(logits.detach()).requires_grad_()
             (seed,) = torch.autograd.grad(self.score_logits(values).sum(), values)
         (gradient,) = torch.autograd.grad(logits, leaf, seed.to(logits.dtype), retain_graph=True)
         return gradient.sign()
@@ -354,6 +407,9 @@ class Energy(TunedLogitScore):
     def __init__(self, temperature: float | Sequence[float] = 1.0) -> None:
         super().__init__(temperature)
 
+    def state(self) -> dict[str, Any]:
+        return {"temperature": self.temperature}
+
     def score_logits(self, logits: Tensor) -> Tensor:
         return self.temperature * (logits / self.temperature).logsumexp(1)
 
@@ -374,6 +430,8 @@ class ODIN(TunedLogitScore):
         bounds: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__(temperature, perturbation, bounds)
+
+    state = TunedLogitScore.state
 
     def score_logits(self, logits: Tensor) -> Tensor:
         return _log_odds(logits, self.temperature)[0]
@@ -440,6 +498,21 @@ class RelU(TunedLogitScore):
         self.matrix: Tensor | None = None
         """(C, C) float64: D, after fit()."""
 
+    @property
+    def needs_fit(self) -> bool:
+        return self.matrix is None
+
+    def state(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "weight": self.weight, "matrix": self.matrix}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Self:
+        options = dict(state)
+        matrix = options.pop("matrix")
+        score = cls(**options)
+        score.matrix = matrix
+        return score
+
     def fit(self, model: Model, loader: Iterable[Any], *, progress: bool = True) -> Self:
         """Learn D, and choose the temperature, on (x, target, ...) batches held out.
 
@@ -447,7 +520,7 @@ class RelU(TunedLogitScore):
             ValueError: the predictions there are all right, or all wrong.
         """
         logits, correct = [], []
-        for x, target in _batches(model, loader, progress, "fit RelU"):
+        for x, target in labelled_batches(model, loader, progress, "fit RelU"):
             with _left_alone(model, x):
                 batch = logits_of(model(x), len(x))
             logits.append(batch.cpu())
@@ -468,7 +541,7 @@ class RelU(TunedLogitScore):
                 f"RelU learns from right and wrong predictions, but all {len(correct)} held out to "
                 f"learn from are {'right' if correct.all() else 'wrong'}; use more data"
             )
-        p = (_wide(logits) / self.temperature).softmax(1)
+        p = (wide(logits) / self.temperature).softmax(1)
         right, wrong = p[correct], p[~correct]
         matrix = self.weight * (wrong.T @ wrong) / len(wrong)
         matrix -= (1 - self.weight) * (right.T @ right) / len(right)
@@ -480,11 +553,11 @@ class RelU(TunedLogitScore):
     def score_logits(self, logits: Tensor) -> Tensor:
         if self.matrix is None:
             raise RuntimeError("RelU is not fitted: call fit(model, loader) with held-out data")
-        p = (_wide(logits) / self.temperature).softmax(1)
+        p = (wide(logits) / self.temperature).softmax(1)
         return -((p @ self.matrix.to(p)) * p).sum(1)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
     """Logits in float64, in which the softmax of a confident prediction is not yet 1."""
     return logits.float() if logits.device.type == "mps" else logits.double()
 
@@ -495,7 +568,7 @@ def _log_odds(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]
     In float32 the probability of many predictions rounds to 1, and ties that are not there spoil
     the ranking; the log-odds are exact.
     """
-    scaled = _wide(logits) / temperature
+    scaled = wide(logits) / temperature
     top, prediction = scaled.max(1, keepdim=True)
     others = scaled.scatter(1, prediction, -math.inf)
     return top.squeeze(1) - others.logsumexp(1), others.softmax(1)
@@ -521,7 +594,11 @@ def _left_alone(model: Model, x: Tensor) -> Iterator[None]:
         yield
 
 
-def _batches(
+def _no_prediction(x: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=x.device)
+
+
+def labelled_batches(
     model: Model, loader: Iterable[Any], progress: bool, what: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The (x, target) of each batch, on the device of the model."""

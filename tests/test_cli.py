@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -167,6 +168,57 @@ def test_train_then_evaluate(
         auroc = [split["auroc"] for split in results["scores"][name]["splits"]]
         assert min(auroc) > 0.7
         assert f"{50 * sum(auroc):.2f} ±" in printed
+
+
+def test_detector_fit_then_apply(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ["--data", "digits", "--threads", "1", "--checkpoint", str(trained / "model.pt")]
+    path, out = tmp_path / "detector.safetensors", tmp_path / "decisions.csv"
+    fit = ["detector", "fit", *shared, "--out", str(path), "--limit", "800", "--score", "rr-fast"]
+    assert cli.main([*fit, "--cascade", "msr", "--target-risk", "0.1", "--calibrate"]) == 0
+    printed = capsys.readouterr().out
+    assert "target_risk 0.1: accept a confidence of" in printed
+    assert "of the decisions changed" in printed
+    apply = ["detector", "apply", *shared, "--detector", str(path), "--out", str(out)]
+    assert cli.main([*apply, "--skip", "800"]) == 0
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(800, 1297))
+    assert all(0 <= float(row["probability"]) <= 1 for row in rows)
+
+    model = models.create("digits-cnn")
+    models.load_weights(model, trained / "model.pt")
+    images = datasets.load("digits", "test")
+    decision = rat_ext.Detector.load(path, model)(images[800:][0])
+    assert [int(row["prediction"]) for row in rows] == decision.prediction.tolist()
+    assert [row["accepted"] == "1" for row in rows] == decision.accepted.tolist()
+    accepted = int(decision.accepted.sum())
+    assert accepted > 0
+    assert f"Accepted {accepted} of 497 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--coverage", "2"], "coverage is 2.0"),
+        (["--coverage", "0.9", "--skip", "1297"], "skip is 1297; it must be from 0 to 1296"),
+        (["--tpr", "0.9", "--batch-size", "0"], "batch_size is 0"),
+        (["--tpr", "0.9", "--cascade", "mrs"], "no score is named 'mrs'"),
+    ],
+)
+def test_errors_of_detector(
+    arguments: list[str],
+    message: str,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shared = ["--data", "digits", "--checkpoint", str(trained / "model.pt")]
+    out = tmp_path / "detector.safetensors"
+    assert cli.main(["detector", "fit", *shared, "--out", str(out), *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"rat-ext detector: error: {message}")
+    assert not out.exists()
 
 
 def test_two_processes_evaluate_like_one(trained: Path, tmp_path: Path) -> None:
