@@ -1,0 +1,85 @@
+"""Listens for HTTP, and stops without losing a request."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from . import Settings
+from .app import LINGER
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but it refuses new work as soon as it is told to stop, and then ends with 0."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            print(f"Serving on http://{host}:{port} (Ctrl-C stops)", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.batcher.close()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn's own raises the signal again after it has obeyed, which kills the process.
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def serve(
+    app: FastAPI,
+    settings: Settings,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    access_log: bool = False,
+) -> None:
+    """Serve until SIGTERM or SIGINT; then answer what was accepted, and return.
+
+    Args:
+        app: of `rat_ext.serve.app.create_app`.
+        settings: the same as the app's.
+        host: name or address to listen on.
+        port: 0 for a free one. The address is printed once it takes requests.
+        access_log: log every request.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    listener = _listen(host, port)
+    longest = settings.body_timeout + LINGER + settings.timeout
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_level="info" if access_log else "warning",
+        access_log=access_log,
+        limit_concurrency=settings.connections,
+        timeout_graceful_shutdown=math.ceil(longest) + 1,
+    )
+    with listener:
+        Server(config).run([listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"cannot listen on {host}, port {port}: {error}") from error
