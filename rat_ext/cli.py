@@ -361,7 +361,10 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         help="of the model's inputs",
     )
     parser.add_argument(
-        "--method", choices=["bs", "fast"], default="bs", help="how radii are measured"
+        "--method",
+        choices=["bs", "fast"],
+        default="bs",
+        help="how radii are measured, unless the detector goes by a radius of its own",
     )
     parser.add_argument("--rtol", type=float, default=1e-2, help="relative tolerance of radii")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the radius's direction")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import chromium
 import numpy as np
 import pytest
 import torch
@@ -885,50 +887,195 @@ def test_clients_that_go_away_are_forgotten(server: Program) -> None:
     assert server.post(npy(np.zeros((1, 8, 8)))).status_code == 200
 
 
-def test_sigterm_mid_batch_answers_what_was_accepted(served: Path) -> None:
-    x = uniform(5, 1, 8, 8, dtype=torch.float32)
-    expected = rat_ext.robust_radius(served_model(served), x)
-    with (
-        program(served, "--max-batch", "2", "--max-wait-ms", "0") as it,
-        ThreadPoolExecutor() as pool,
-    ):
-        with it.holding() as listener, it.connect() as late:
-            answers = [pool.submit(it.post, npy(x[0]))]
-            batch, _ = listener.accept()  # the model is at work
-            with batch:
-                answers += [pool.submit(it.post, npy(row)) for row in x[1:]]
-                until(lambda: it.waiting() == 4)
-                body = npy(x[0])
-                late.sendall(head(f"Content-Length: {len(body)}", "Expect: 100-continue"))
-                assert late.recv(1000).startswith(b"HTTP/1.1 100 ")  # it reads the body
-                it.process.send_signal(signal.SIGTERM)
-                until(it.refuses)
-                late.sendall(body)
-                refused = reply(late)
-                assert refused.startswith(b"HTTP/1.1 503 ")
-                assert b"shutting down" in refused
-                assert it.process.poll() is None
+@pytest.fixture(scope="module")
+def restarted(served: Path) -> Iterator[Program]:
+    """A server on the port of one that was killed mid-batch."""
+    with program(served) as killed, ThreadPoolExecutor() as pool, killed.holding() as listener:
+        answer = pool.submit(killed.post, npy(np.zeros((1, 8, 8))))
+        batch, _ = listener.accept()
+        killed.process.kill()
+        batch.close()
+        assert killed.process.wait(PATIENCE) == -signal.SIGKILL
+        with pytest.raises(httpx.TransportError):
+            answer.result(PATIENCE)
+    options = ["--port", str(killed.port), "--max-batch", "2", "--max-wait-ms", "0"]
+    with program(served, *options) as it:
+        assert it.port == killed.port
+        yield it
+
+
+def test_restarts_after_sigkill_mid_batch(restarted: Program) -> None:
+    assert restarted.post(npy(np.zeros((1, 8, 8)))).status_code == 200
+    assert restarted.get("/readyz").status_code == 200
+
+
+def test_sigterm_mid_batch_answers_what_was_accepted(restarted: Program) -> None:
+    it, x = restarted, uniform(5, 1, 8, 8, dtype=torch.float32)
+    with ThreadPoolExecutor() as pool, it.holding() as listener, it.connect() as late:
+        answers = [pool.submit(it.post, npy(x[0]))]
+        batch, _ = listener.accept()  # the model is at work
+        with batch:
+            answers += [pool.submit(it.post, npy(row)) for row in x[1:]]
+            until(lambda: it.waiting() == 4)
+            body = npy(x[0])
+            late.sendall(head(f"Content-Length: {len(body)}", "Expect: 100-continue"))
+            assert late.recv(1000).startswith(b"HTTP/1.1 100 ")  # it reads the body
+            it.process.send_signal(signal.SIGTERM)
+            until(it.refuses)
+            late.sendall(body)
+            refused = reply(late)
+            assert refused.startswith(b"HTTP/1.1 503 ")
+            assert b"shutting down" in refused
+            assert it.process.poll() is None
         responses = [answer.result(PATIENCE) for answer in answers]
-        assert it.process.wait(PATIENCE) == 0
-        assert it.process.stderr.read() == ""
+    assert it.process.wait(PATIENCE) == 0
+    assert it.process.stderr.read() == ""
     assert [response.status_code for response in responses] == [200] * 5
     radii = torch.tensor([response.json()["radius"] for response in responses])
+    expected = rat_ext.robust_radius(served_model(it.folder), x)
     torch.testing.assert_close(radii, expected, rtol=1e-3, atol=0)
 
 
-def test_restarts_after_sigkill_mid_batch(served: Path) -> None:
-    x = npy(uniform(1, 8, 8, dtype=torch.float32))
-    with program(served) as it, ThreadPoolExecutor() as pool, it.holding() as listener:
-        answer = pool.submit(it.post, x)
-        batch, _ = listener.accept()
-        it.process.kill()
-        batch.close()
-        assert it.process.wait(PATIENCE) == -signal.SIGKILL
-        with pytest.raises(httpx.TransportError):
-            answer.result(PATIENCE)
-    with program(served, "--port", str(it.port)) as again:
-        assert again.port == it.port
-        assert again.post(x).status_code == 200
+# --- The page in a browser ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Page]:
+    program = chromium.find()
+    if program is None:
+        pytest.skip(f"no {' or '.join(chromium.NAMES)} was found: install one to test the page")
+    with chromium.chromium(program, tmp_path_factory.mktemp("profile")) as it:
+        yield it
+
+
+@pytest.fixture
+def digit(tmp_path: Path) -> Path:
+    path = tmp_path / "digit.png"
+    path.write_bytes(image_file(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4))
+    return path
+
+
+def text(page: chromium.Page, name: str) -> str | None:
+    """What an element shows; None if it is hidden."""
+    element = f"document.getElementById({json.dumps(name)})"
+    return page.evaluate(f"{element}.checkVisibility() ? {element}.innerText : null")
+
+
+def shown(page: chromium.Page, name: str) -> None:
+    page.until(f"document.getElementById({json.dumps(name)}).checkVisibility()")
+
+
+def answered(page: chromium.Page) -> None:
+    page.until("/^\\S+: /.test(document.getElementById('status').textContent)")
+
+
+def drop(page: chromium.Page, path: Path) -> None:
+    """Drop a file on the page."""
+    content = json.dumps(base64.b64encode(path.read_bytes()).decode())
+    page.evaluate(
+        f"""{{
+          const bytes = Uint8Array.from(atob({content}), (c) => c.charCodeAt(0));
+          const dataTransfer = new DataTransfer();
+          const file = new File([bytes], {json.dumps(path.name)}, {{ type: "image/png" }});
+          dataTransfer.items.add(file);
+          const options = {{ dataTransfer, bubbles: true, cancelable: true }};
+          document.getElementById("drop").dispatchEvent(new DragEvent("drop", options));
+        }}"""
+    )
+
+
+def test_shows_what_the_service_answers(
+    page: chromium.Page,
+    server: Program,
+    digit: Path,
+    tmp_path: Path,
+) -> None:
+    expected = server.post(digit.read_bytes()).json()
+    page.open(f"http://127.0.0.1:{server.port}/")
+    page.until("document.getElementById('about').textContent.includes('8 wide and 8 high, grey')")
+    assert text(page, "result") is None
+    page.choose_file("#file", digit)
+    answered(page)
+    assert text(page, "class") == expected["class_name"]
+    assert text(page, "class") in CLASSES
+    assert text(page, "status") == f"digit.png: {expected['class_name']}"
+    radius, _, levels = text(page, "radius").partition(" (")
+    assert float(radius) == pytest.approx(expected["radius"], rel=5e-3)
+    assert float(levels.split()[0]) == pytest.approx(255 * expected["radius"], rel=5e-3)
+    assert text(page, "verdict") == "No detector"
+    assert page.evaluate("document.getElementById('preview').naturalWidth") == 8
+    page.screenshot(tmp_path / "page.png")
+
+    # What cannot be classified takes its place, and goes once something can.
+    wrong = tmp_path / "wrong.png"
+    wrong.write_bytes(image_file(GREY))
+    drop(page, wrong)
+    shown(page, "error")
+    assert "the image is 6 wide and 5 high, the model takes 8 x 8" in text(page, "error")
+    assert text(page, "result") is None
+    drop(page, digit)
+    shown(page, "result")
+    assert text(page, "error") is None
+    assert text(page, "class") == expected["class_name"]
+    # Only the refusal is in the console: no script failed, and nothing was loaded from elsewhere.
+    assert len(page.console) == 1
+    assert "422" in page.console[0]
+
+
+def test_shows_a_verdict(page: chromium.Page, server: Program, digit: Path) -> None:
+    page.open(f"http://127.0.0.1:{server.port}/")
+    for answer, verdict, confidence, chance in [
+        (
+            {"accepted": True, "confidence": 0.25, "probability": 0.875},
+            "Accepted",
+            "0.25",
+            "87.5 %",
+        ),
+        (
+            {"accepted": False, "confidence": None, "probability": None},
+            "Rejected",
+            "the lowest",
+            None,
+        ),
+    ]:
+        whole = {"prediction": 1, "class_name": None, "radius": None, "found": False, **answer}
+        page.evaluate(f"show(new File([], 'x.npy'), {json.dumps(whole)})")
+        assert text(page, "verdict").endswith(f" {verdict}")
+        assert text(page, "class") == "Class 1"
+        assert text(page, "radius") == "no change of the prediction found"
+        assert text(page, "confidence") == confidence
+        assert text(page, "probability") == chance
+        assert text(page, "status") == f"x.npy: Class 1, {verdict.lower()}"
+
+
+def test_can_be_used_with_the_keyboard_and_in_the_dark(
+    page: chromium.Page,
+    server: Program,
+) -> None:
+    page.open(f"http://127.0.0.1:{server.port}/")
+    page.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "file"
+    outline = "getComputedStyle(document.getElementById('drop')).outlineStyle"
+    assert page.evaluate(outline) == "solid"
+    tree = page.command("Accessibility.getFullAXTree")["nodes"]
+    names = {node["name"]["value"] for node in tree if "name" in node}
+    assert "Choose an image, drop it here, or paste it" in names
+    background = "getComputedStyle(document.body).backgroundColor"
+    colours = []
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        page.command("Emulation.setEmulatedMedia", features=features)
+        colours.append(page.evaluate(background))
+    assert colours == ["rgb(255, 255, 255)", "rgb(20, 24, 29)"]
+
+
+def test_only_its_own_server_may_be_asked(page: chromium.Page, server: Program) -> None:
+    page.open(f"http://127.0.0.1:{server.port}/")
+    for elsewhere in ("http://127.0.0.1:9/", "https://elsewhere.invalid/"):
+        code = f"fetch({json.dumps(elsewhere)}).then(() => 'let', () => 'blocked')"
+        assert page.evaluate(code) == "blocked"
+    assert any("Content Security Policy" in line for line in page.console)
+    assert server.post(npy(np.zeros((1, 8, 8)))).status_code == 200
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -980,13 +1127,13 @@ def test_errors_of_serve(
             assert capsys.readouterr().err.startswith(f"rat-ext serve: error: {message}"), arguments
 
 
-def test_a_missing_extra_is_one_line(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['fastapi'] = None\n"
-        "from rat_ext.cli import main; sys.exit(main(['serve', '--checkpoint', 'x']))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr == (
+def test_a_missing_extra_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(rat_ext.serve, "app")
+    monkeypatch.delitem(sys.modules, "rat_ext.serve.app")
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert cli.main(["serve", "--checkpoint", "x"]) == 2
+    assert capsys.readouterr().err == (
         "rat-ext serve: error: serving needs fastapi: pip install 'rat-ext[serve]'\n"
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..radius import robust_radius
+from ..radius_scores import RadiusScore
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Gate:
         model: (N, ...) inputs to (N, classes) logits.
         detector: called with (N, ...) inputs, returns an object with (N,) tensors ``prediction``,
             ``confidence``, ``accepted`` and perhaps ``probability``; none: no verdict.
-        radius: measure radii; without them, a detector is needed.
+        radius: measure radii; without them, a detector is needed. The confidence of a detector that
+            goes by a radius is that radius, and is not measured twice.
         device: where the inputs are moved to.
         options: of `rat_ext.robust_radius`.
     """
@@ -56,6 +58,10 @@ class Gate:
         if self.detector is None and not self.radius:
             raise ValueError("there is neither a detector nor a radius to judge predictions by")
 
+    @property
+    def _confidence_is_radius(self) -> bool:
+        return isinstance(getattr(self.detector, "score", None), RadiusScore)
+
     def __call__(self, inputs: Sequence[Tensor]) -> list[Answer | NotFiniteError]:
         """For each of the inputs, all of one shape, what is known about it."""
         x = torch.stack(list(inputs)).to(self.device)
@@ -63,7 +69,7 @@ class Gate:
         with warnings.catch_warnings():
             # Told to whoever sent the row.
             warnings.filterwarnings("ignore", ".*are not finite", RuntimeWarning)
-            if self.radius:
+            if self.radius and not self._confidence_is_radius:
                 result = robust_radius(self.model, x, full=True, **self.options)
                 columns = {"prediction": result.prediction, "radius": result.radius}
             if self.detector is not None:
@@ -71,6 +77,8 @@ class Gate:
                 for name in ("prediction", "confidence", "probability", "accepted"):
                     if (value := getattr(verdict, name, None)) is not None:
                         columns[name] = value
+                if self._confidence_is_radius:
+                    columns["radius"] = verdict.confidence
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         return [_answer(dict(zip(columns, row, strict=True))) for row in rows]
 
