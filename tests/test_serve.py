@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rat_ext
-from rat_ext import cli, models
+from rat_ext import Detector, cli, models
 from rat_ext.serve import Settings
 from rat_ext.serve.batching import Batcher, ClosedError, QueueFullError
 
@@ -372,6 +372,37 @@ def test_gate_warms_up_or_says_why_not() -> None:
         Gate(cnn()).warm_up((1, 8, 8), torch.float32)
     with pytest.raises(ValueError, match="logits or their gradient are not finite"):
         Gate(Fragile()).warm_up((12,), torch.float64)
+
+
+@pytest.fixture(scope="module")
+def detector(served: Path) -> Path:
+    """The file of a detector for the model that is served."""
+    model, x = served_model(served), uniform(200, 1, 8, 8, seed=1, dtype=torch.float32)
+    target = torch.arange(200) % len(CLASSES)
+    held_out = [(x, target)]
+    score = rat_ext.scores.get("rr-bs", temperature=2.0)
+    Detector.fit(model, held_out, score, coverage=0.5, calibrate=True, progress=False).save(
+        served / "detector.safetensors"
+    )
+    return served / "detector.safetensors"
+
+
+def test_gate_takes_the_radius_of_a_detector_that_measures_one(
+    served: Path, detector: Path
+) -> None:
+    model, x = served_model(served), uniform(5, 1, 8, 8, dtype=torch.float32)
+    judge = Detector.load(detector, model)
+    expected = judge(x)
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    judge(x)
+    alone = sum(rows)
+    answers = Gate(model, judge)(list(x))
+    assert sum(rows) == 2 * alone  # measured once
+    for name in ("prediction", "confidence", "probability", "accepted"):
+        assert [getattr(answer, name) for answer in answers] == getattr(expected, name).tolist()
+    assert [answer.radius for answer in answers] == expected.confidence.tolist()
+    assert {answer.accepted for answer in answers} == {True, False}
 
 
 # --- HTTP in process ------------------------------------------------------------------------------
@@ -888,7 +919,7 @@ def test_clients_that_go_away_are_forgotten(server: Program) -> None:
 
 
 @pytest.fixture(scope="module")
-def restarted(served: Path) -> Iterator[Program]:
+def restarted(served: Path, detector: Path) -> Iterator[Program]:
     """A server on the port of one that was killed mid-batch."""
     with program(served) as killed, ThreadPoolExecutor() as pool, killed.holding() as listener:
         answer = pool.submit(killed.post, npy(np.zeros((1, 8, 8))))
@@ -899,14 +930,22 @@ def restarted(served: Path) -> Iterator[Program]:
         with pytest.raises(httpx.TransportError):
             answer.result(PATIENCE)
     options = ["--port", str(killed.port), "--max-batch", "2", "--max-wait-ms", "0"]
+    options += ["--detector", str(detector)]
     with program(served, *options) as it:
         assert it.port == killed.port
         yield it
 
 
 def test_restarts_after_sigkill_mid_batch(restarted: Program) -> None:
-    assert restarted.post(npy(np.zeros((1, 8, 8)))).status_code == 200
     assert restarted.get("/readyz").status_code == 200
+    model, x = served_model(restarted.folder), uniform(4, 1, 8, 8, dtype=torch.float32)
+    detector = restarted.folder / "detector.safetensors"
+    expected = Detector.load(detector, model)(x)
+    answers = [restarted.post(npy(row)).json() for row in x]
+    assert [answer["accepted"] for answer in answers] == expected.accepted.tolist()
+    for name in ("confidence", "probability"):
+        values = torch.tensor([answer[name] for answer in answers])
+        torch.testing.assert_close(values, getattr(expected, name).float(), rtol=1e-3, atol=0)
 
 
 def test_sigterm_mid_batch_answers_what_was_accepted(restarted: Program) -> None:
@@ -932,7 +971,7 @@ def test_sigterm_mid_batch_answers_what_was_accepted(restarted: Program) -> None
     assert it.process.stderr.read() == ""
     assert [response.status_code for response in responses] == [200] * 5
     radii = torch.tensor([response.json()["radius"] for response in responses])
-    expected = rat_ext.robust_radius(served_model(it.folder), x)
+    expected = rat_ext.robust_radius(served_model(it.folder), x, temperature=2.0)
     torch.testing.assert_close(radii, expected, rtol=1e-3, atol=0)
 
 
