@@ -42,6 +42,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 Image = pytest.importorskip("PIL.Image")
 
+from rat_ext.serve import server as server_module  # noqa: E402
 from rat_ext.serve.app import create_app  # noqa: E402
 from rat_ext.serve.decoding import Decoder, InputError  # noqa: E402
 from rat_ext.serve.gate import Gate  # noqa: E402
@@ -837,6 +838,15 @@ def server(served: Path) -> Iterator[Program]:
         assert it.process.wait(PATIENCE) == 0
         log = it.process.stderr.read().splitlines()
         assert set(log) <= {"WARNING:  Invalid HTTP request received."}
+
+
+def test_answers_are_not_held_back() -> None:
+    with server_module._listen("127.0.0.1", 0) as listener, socket.socket() as other:
+        listener.listen()
+        other.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:  # what asyncio asks for before it sets TCP_NODELAY
+            assert (accepted.type, accepted.proto) == (socket.SOCK_STREAM, socket.IPPROTO_TCP)
 
 
 def head(*headers: str) -> bytes:

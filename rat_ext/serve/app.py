@@ -34,6 +34,11 @@ LINGER = 1.0
 """Seconds in which the rest of a refused body is read and dropped. A connection that is closed on
 unread data is reset, and a client that is still sending may then never see the answer."""
 
+INLINE = 2**14
+"""Bytes up to which an input is decoded where it came in, and not in another thread: for small
+ones the change of threads takes longer. An image to be resized may be large however few they are.
+"""
+
 _CLOSE = {"Connection": "close"}
 _RETRY = {"Retry-After": "1"}
 # The page is one file: its script and style are its own, and it talks to this server alone.
@@ -240,7 +245,9 @@ def create_app(
             batcher.check()  # before time is spent on a body
         body = await _read(request, settings)
         with _refusals():
-            x = await run_in_threadpool(decoder, await _file_in(request, body))
+            file = await _file_in(request, body)
+            quick = len(file) <= INLINE and not decoder.resize
+            x = decoder(file) if quick else await run_in_threadpool(decoder, file)
             future = batcher.submit(x)
         answer = await _answer(future, settings.timeout)
         verdict = {True: "accepted", False: "rejected", None: "ungated"}[answer.accepted]
