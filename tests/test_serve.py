@@ -872,11 +872,12 @@ def test_program_tells_what_the_library_does(server: Program) -> None:
 
 
 def test_slow_clients_get_408_and_hold_up_nobody(server: Program) -> None:
-    with server.connect() as slow, server.connect() as silent:
+    with server.connect() as slow, server.connect() as slower, server.connect() as silent:
         slow.sendall(head("Content-Length: 1000") + b"x")
-        silent.sendall(b"POST /predict HTTP/1.1\r\n")  # and never the rest
+        slower.sendall(b"POST /predict HTTP/1.1\r\n")  # and never the rest of the head
         assert server.post(npy(np.zeros((1, 8, 8)))).status_code == 200
         answer = reply(slow)
+        assert reply(slower) == reply(silent) == b""
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"the request was not complete after 1 s" in answer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from . import Settings
 from .app import LINGER
@@ -41,6 +43,41 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
+def _protocol(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, but a connection on which no whole head of a request comes is closed.
+
+    uvicorn itself waits for ever: a few hundred silent clients would take all connections.
+    """
+
+    class Protocol(H11Protocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(error)
+
+        def _watch(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._forget()  # the application has the request, and limits of its own
+            elif self._deadline is None:
+                self._deadline = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+        def _forget(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+    return Protocol
+
+
 def serve(
     app: FastAPI,
     settings: Settings,
@@ -65,7 +102,7 @@ def serve(
     longest = settings.body_timeout + LINGER + settings.timeout
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=_protocol(settings.body_timeout),
         ws="none",
         lifespan="on",
         log_level="info" if access_log else "warning",
