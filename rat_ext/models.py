@@ -234,6 +234,25 @@ def name_in(path: str | Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def classes_in(path: str | Path) -> tuple[str, ...] | None:
+    """The names of the classes in a checkpoint of ``rat-ext train``; None for others.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint.
+    """
+    content = _read(Path(path))
+    classes = content.get("classes") if isinstance(content, Mapping) else None
+    return tuple(map(str, classes)) if isinstance(classes, list) else None
+
+
+def input_size(name: str) -> tuple[int, ...] | None:
+    """The shape (C, H, W) of the images that a built-in model is for; None for others."""
+    if name == "digits-cnn":
+        return (1, 8, 8)
+    return (3, 32, 32) if name in _BUILT_IN else None
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint, in one of the common layouts, into the model.
 

@@ -124,3 +124,26 @@ def test_allocations_outside_the_model_are_counted(throughput):
     assert allocations.peak == 2 * x.nbytes
     assert len(kept) == 2
     assert watched.seconds > 0
+
+
+def test_the_load_test_measures_the_service_and_its_floor(tmp_path, capsys):
+    pytest.importorskip("fastapi")
+    spec = importlib.util.spec_from_file_location("serve_benchmark", BENCHMARKS / "serve.py")
+    serve = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(serve)
+    threads = torch.get_num_threads()
+    arguments = ["--clients", "2", "--seconds", "0.3", "--rounds", "2", "--epochs", "1"]
+    try:
+        serve.main([*arguments, "--out", str(tmp_path / "serve.json")])
+    finally:
+        torch.set_num_threads(threads)
+    report = json.loads((tmp_path / "serve.json").read_text())
+    assert report["settings"]["clients"] == [2]
+    assert len(report["runs"]) == 2
+    for run in report["runs"]:
+        assert run["requests"] > 0
+        assert 1 <= run["mean_batch"] <= 2
+        assert run["p50_ms"] <= run["p99_ms"]
+        assert run["floor_radii_per_second"] > 0
+        assert run["worst_difference"] < 1e-5
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| 2 | ")

@@ -80,6 +80,7 @@ def test_help_imports_nothing_heavy() -> None:
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'matplotlib', 'sklearn', 'scipy', 'pandas', 'torchvision', 'tqdm', 'PIL'}\n"
+        "heavy |= {'fastapi', 'uvicorn', 'prometheus_client'}\n"
         "print('loaded', sorted(heavy & (sys.modules.keys() - before)))"
     )
     assert run_program(code=code).stdout.splitlines()[-1] == "loaded []"

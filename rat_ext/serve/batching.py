@@ -1,0 +1,148 @@
+"""Gathers single items into batches, for a function that runs in one thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class QueueFullError(RuntimeError):
+    """As many items wait as may wait."""
+
+
+class ClosedError(RuntimeError):
+    """No new items are taken."""
+
+
+@dataclass
+class _Job(Generic[Item, Result]):
+    item: Item
+    future: Future[Result] = field(default_factory=Future)
+    since: float = field(default_factory=time.monotonic)
+
+
+class Batcher(Generic[Item, Result]):
+    """Calls ``run(items)`` in its thread, with the items that were submitted meanwhile.
+
+    A batch starts when it is full, or when its first item has waited long enough; items that came
+    while the last one ran have waited already. Where `run` raises, its batch is halved until the
+    item that is to blame is alone, so that no item fails for another's sake.
+
+    Args:
+        run: from a list of items to as many results. A result that is an exception is raised to
+            whoever waits for it.
+        max_batch: most items in a call.
+        max_wait: seconds that the first item of a batch waits for others.
+        queue: most items that wait for a batch.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Item]], Sequence[Result | Exception]],
+        *,
+        max_batch: int,
+        max_wait: float,
+        queue: int,
+    ) -> None:
+        self._run, self._max_batch, self._max_wait, self._queue = run, max_batch, max_wait, queue
+        self._jobs: deque[_Job[Item, Result]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        # A daemon, so that a call which never returns cannot keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name="rat-ext-batcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Items that wait for a batch."""
+        return len(self._jobs)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def alive(self) -> bool:
+        """The thread runs."""
+        return self._thread.is_alive()
+
+    def check(self) -> None:
+        """Raise what `submit` would raise now.
+
+        Raises:
+            ClosedError: no new items are taken.
+            QueueFullError: too many items wait.
+        """
+        if self._closed:
+            raise ClosedError("no new work is taken")
+        if len(self._jobs) >= self._queue:
+            raise QueueFullError(f"{self._queue} items wait already")
+
+    def submit(self, item: Item) -> Future[Result]:
+        """The result of an item, once it is there. Cancelled in time, the item is not run.
+
+        Raises:
+            ClosedError: no new items are taken.
+            QueueFullError: too many items wait.
+        """
+        with self._changed:
+            self.check()
+            job: _Job[Item, Result] = _Job(item)
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.future
+
+    def close(self) -> None:
+        """Take no more items. Those that were taken are still run, without waiting for others."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until a closed batcher has run all its items; False if it takes too long."""
+        self._thread.join(timeout)
+        return not self.alive
+
+    def _work(self) -> None:
+        while jobs := self._take():
+            wanted = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            if wanted:
+                self._settle(wanted)
+
+    def _take(self) -> list[_Job[Item, Result]]:
+        """Wait for the jobs of the next batch; none once closed and done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            if self._jobs:
+                left = self._jobs[0].since + self._max_wait - time.monotonic()
+                self._changed.wait_for(
+                    lambda: len(self._jobs) >= self._max_batch or self._closed, max(0.0, left)
+                )
+            return [self._jobs.popleft() for _ in range(min(self._max_batch, len(self._jobs)))]
+
+    def _settle(self, jobs: list[_Job[Item, Result]]) -> None:
+        try:
+            results = self._run([job.item for job in jobs])
+            if len(results) != len(jobs):
+                raise RuntimeError(f"{len(results)} results for {len(jobs)} items")
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].future.set_exception(error)
+                return
+            middle = len(jobs) // 2
+            self._settle(jobs[:middle])
+            self._settle(jobs[middle:])
+            return
+        for job, result in zip(jobs, results, strict=True):
+            if isinstance(result, Exception):
+                job.future.set_exception(result)
+            else:
+                job.future.set_result(result)

@@ -1,0 +1,154 @@
+"""From the bytes that a client sent to a tensor that the model takes."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's name of images with so many channels."""
+_NPY = b"\x93NUMPY"
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+class InputError(ValueError):
+    """What a client sent cannot be used; `status` is the HTTP status that tells it."""
+
+    def __init__(self, message: str, status: int = 422) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Makes one input of a model from a file: an image, a .npy array or nested lists in JSON.
+
+    The kind of the file is told by its first bytes, not by what the client says that it is.
+    """
+
+    shape: tuple[int, ...]
+    """Of an input, without the batch dimension: (C, H, W) for images."""
+    dtype: torch.dtype = torch.float32
+    bounds: tuple[float, float] = (0.0, 1.0)
+    """Of the model's inputs. The darkest pixel of an image becomes the lower one."""
+    resize: bool = False
+    """Resize an image of another size, instead of refusing it."""
+    max_pixels: int = 2**24
+
+    def __call__(self, data: bytes) -> Tensor:
+        """The input, of `shape` and `dtype`.
+
+        Raises:
+            InputError: it is none; says why.
+        """
+        if not data:
+            raise InputError("the body is empty; send an image, a .npy array or a JSON list", 400)
+        if data.startswith(_NPY):
+            return self._checked(self._npy(data))
+        if data[:64].lstrip().startswith(b"["):
+            return self._checked(_json(data))
+        return self._image(data)
+
+    def _npy(self, data: bytes) -> NDArray[Any]:
+        file = io.BytesIO(data)
+        try:
+            read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]
+            shape, columns_first, dtype = read_header(file)
+        except Exception as error:  # a header is Python code, whose parser raises many kinds
+            raise InputError(f"this is no .npy file that numpy.load reads: {error}") from error
+        # Before memory is allocated for what the header claims.
+        self._check_array(shape, dtype)
+        try:
+            array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
+        except ValueError as error:
+            raise InputError(f"the .npy file is damaged: {error}") from error
+        return array.reshape(shape, order="F" if columns_first else "C")
+
+    def _check_array(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        if dtype.kind not in "fiu":
+            raise InputError(f"the tensor holds {dtype}; expected numbers")
+        if shape != self.shape:
+            raise InputError(f"the tensor has shape {shape}; the model takes one {self.shape}")
+
+    def _checked(self, array: NDArray[Any]) -> Tensor:
+        self._check_array(array.shape, array.dtype)
+        x = torch.from_numpy(array.astype(np.float64, order="C")).to(self.dtype)
+        if not x.isfinite().all():
+            name = str(self.dtype).removeprefix("torch.")
+            raise InputError(f"the tensor has values that are not finite in {name}")
+        low, high = self.bounds
+        if (x < low).any() or (x > high).any():
+            raise InputError(
+                f"the tensor has values from {x.min().item():.4g} to {x.max().item():.4g}, outside "
+                f"the model's bounds ({low:g}, {high:g}). Send it as it is before any "
+                "normalisation, which the model does itself; divide 8-bit pixels by 255"
+            )
+        return x
+
+    def _image(self, data: bytes) -> Tensor:
+        if len(self.shape) != 3 or self.shape[0] not in _MODES:
+            raise InputError(
+                f"the model takes inputs of shape {self.shape}, which no image has; send a .npy "
+                "array or a JSON list",
+                415,
+            )
+        channels, height, width = self.shape
+        try:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise InputError(f"the image has too many pixels: {error}", 413) from error
+        except Exception as error:  # Pillow lets many kinds through where a header is damaged
+            raise InputError(
+                "this is none of a PNG, JPEG or WebP image, a .npy array and a JSON list", 415
+            ) from error
+        # Both checks come before the pixels are decoded.
+        if image.width * image.height > self.max_pixels:
+            raise InputError(
+                f"the image has {image.width} x {image.height} pixels; the most is "
+                f"{self.max_pixels}",
+                413,
+            )
+        if image.size != (width, height) and not self.resize:
+            raise InputError(
+                f"the image is {image.width} wide and {image.height} high, the model takes "
+                f"{width} x {height}; resize it, or start the server with --resize"
+            )
+        if image.mode[0] in "IF":
+            raise InputError(
+                f"the image has more than 8 bits a channel (mode {image.mode}); send a tensor"
+            )
+        try:
+            image = image.convert(_MODES[channels])
+            if image.size != (width, height):
+                image = image.resize((width, height), Image.Resampling.BILINEAR)
+            pixels = torch.from_numpy(np.array(image))
+        except Exception as error:  # as above
+            raise InputError(f"the image cannot be decoded: {error}") from error
+        x = pixels.view(height, width, channels).permute(2, 0, 1).contiguous().to(self.dtype) / 255
+        low, high = self.bounds
+        return x if (low, high) == (0, 1) else (low + (high - low) * x).clamp_(low, high)
+
+
+def _json(data: bytes) -> NDArray[Any]:
+    try:
+        array = np.array(json.loads(data))
+    except RecursionError as error:
+        raise InputError("the JSON list is nested too deeply") from error
+    except ValueError as error:  # also what json and UTF-8 raise, and rows of unequal lengths
+        raise InputError(f"this is no JSON list of numbers, all rows equally long: {error}") from (
+            error
+        )
+    return array

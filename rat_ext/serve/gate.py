@@ -1,0 +1,103 @@
+"""Runs a classifier and what tells whether to trust it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..radius import robust_radius
+from ..radius_scores import RadiusScore
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known about one input."""
+
+    prediction: int
+    radius: float | None = None
+    """Robust radius, in the units of the input; inf where no change was found. None: not asked."""
+    confidence: float | None = None
+    """The detector's; None without one."""
+    probability: float | None = None
+    """That the prediction is right, if the detector tells it."""
+    accepted: bool | None = None
+    """The detector's verdict; None without one."""
+
+
+class NotFiniteError(FloatingPointError):
+    """The model's logits of an input are not finite."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """From inputs to predictions with their radius, and the verdict of a detector.
+
+    Args:
+        model: (N, ...) inputs to (N, classes) logits.
+        detector: called with (N, ...) inputs, returns an object with (N,) tensors ``prediction``,
+            ``confidence``, ``accepted`` and perhaps ``probability``; none: no verdict.
+        radius: measure radii; without them, a detector is needed. The confidence of a detector that
+            goes by a radius is that radius, and is not measured twice.
+        device: where the inputs are moved to.
+        options: of `rat_ext.robust_radius`.
+    """
+
+    model: nn.Module
+    detector: Callable[[Tensor], Any] | None = None
+    radius: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.detector is None and not self.radius:
+            raise ValueError("there is neither a detector nor a radius to judge predictions by")
+
+    @property
+    def _confidence_is_radius(self) -> bool:
+        return isinstance(getattr(self.detector, "score", None), RadiusScore)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Answer | NotFiniteError]:
+        """For each of the inputs, all of one shape, what is known about it."""
+        x = torch.stack(list(inputs)).to(self.device)
+        columns: dict[str, list[Any]] = {}
+        with warnings.catch_warnings():
+            # Told to whoever sent the row.
+            warnings.filterwarnings("ignore", ".*are not finite", RuntimeWarning)
+            if self.radius and not self._confidence_is_radius:
+                result = robust_radius(self.model, x, full=True, **self.options)
+                columns = {"prediction": result.prediction, "radius": result.radius}
+            if self.detector is not None:
+                verdict = self.detector(x)
+                for name in ("prediction", "confidence", "probability", "accepted"):
+                    if (value := getattr(verdict, name, None)) is not None:
+                        columns[name] = value
+                if self._confidence_is_radius:
+                    columns["radius"] = verdict.confidence
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [_answer(dict(zip(columns, row, strict=True))) for row in rows]
+
+    def warm_up(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Run one input in the middle of the bounds.
+
+        Raises:
+            ValueError: the model does not take such inputs.
+        """
+        low, high = self.options.get("bounds", (0.0, 1.0))
+        try:
+            (answer,) = self([torch.full(shape, (low + high) / 2, dtype=dtype)])
+        except Exception as error:
+            raise ValueError(f"the model fails on an input of shape {shape}: {error}") from error
+        if isinstance(answer, NotFiniteError):
+            raise ValueError(f"on an input of shape {shape}, {answer}")
+
+
+def _answer(values: dict[str, Any]) -> Answer | NotFiniteError:
+    if values["prediction"] < 0 or math.isnan(values.get("radius", 0.0)):
+        return NotFiniteError("the model's logits or their gradient are not finite")
+    return Answer(**values)

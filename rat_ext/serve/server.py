@@ -1,0 +1,133 @@
+"""Listens for HTTP, and stops without losing a request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from . import Settings
+from .app import LINGER
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but it refuses new work as soon as it is told to stop, and then ends with 0."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            print(f"Serving on http://{host}:{port} (Ctrl-C stops)", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.batcher.close()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn's own raises the signal again after it has obeyed, which kills the process.
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _protocol(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, but a connection on which no whole head of a request comes is closed.
+
+    uvicorn itself waits for ever: a few hundred silent clients would take all connections.
+    """
+
+    class Protocol(H11Protocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(error)
+
+        def _watch(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._forget()  # the application has the request, and limits of its own
+            elif self._deadline is None:
+                self._deadline = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+        def _forget(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+    return Protocol
+
+
+def serve(
+    app: FastAPI,
+    settings: Settings,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    access_log: bool = False,
+) -> None:
+    """Serve until SIGTERM or SIGINT; then answer what was accepted, and return.
+
+    Args:
+        app: of `rat_ext.serve.app.create_app`.
+        settings: the same as the app's.
+        host: name or address to listen on.
+        port: 0 for a free one. The address is printed once it takes requests.
+        access_log: log every request.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    listener = _listen(host, port)
+    longest = settings.body_timeout + LINGER + settings.timeout
+    config = uvicorn.Config(
+        app,
+        http=_protocol(settings.body_timeout),
+        ws="none",
+        lifespan="on",
+        log_level="info" if access_log else "warning",
+        access_log=access_log,
+        limit_concurrency=settings.connections,
+        timeout_graceful_shutdown=math.ceil(longest) + 1,
+    )
+    with listener:
+        Server(config).run([listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        # With its protocol named: asyncio turns Nagle's algorithm off for such sockets alone, and
+        # with it every answer waits some 40 ms for the acknowledgement of its first packet.
+        tcp = {"type": socket.SOCK_STREAM, "proto": socket.IPPROTO_TCP}
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, **tcp)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"cannot listen on {host}, port {port}: {error}") from error
+    try:
+        # A port is free as soon as the last server is gone, not only a minute later.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host}, port {port}: {error}") from error
+    return listener
