@@ -60,7 +60,7 @@ ATTACKS = {
 
 BEST = {
     "best": ("pgd", "deepfool", "fmn"),  # pgd starts from the radius of fgsm
-    "best_l2": ("pgd_l2", "deepfool_l2", "fmn_l2"),
+    "best_l2": ("pgd_l2", "deepfool_l2"),  # foolbox's fmn_l2 finds no more (docs/attacks.md)
 }
 """Names for several attacks, of which the smallest radius counts."""
 

@@ -18,7 +18,7 @@ true distance in it:
   searched is the ray from x through x_adv, so that overshooting costs nothing.
 - ``best``, ``best_l2``, or a sequence of attacks of one norm: for each sample the smallest radius.
 
-All searches follow the one bracket rule (csrc/search_rule.h), and none draws random numbers.
+All searches follow the one bracket rule (csrc/search_rule.h), and no named attack starts at random.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def radii(
                 results.append(_smallest([ray.result(), balls.result()]))
         else:  # temperature plays no part
             ((ray, _),) = search(alone[:1], functools.partial(AttackRay, model))
-            results = [ray.result()] * len(runs)
+            results = [ray.result() for _ in runs]
         by_attack.append(results)
     return [_best(results) for results in zip(*by_attack, strict=True)]
 
@@ -196,8 +196,8 @@ def _ray_of(attack: Attack) -> Callable[[Tensor, int, Options], Search]:
 class VectorRay(Search):
     """Searches on the rays ``clip(x + e * d)`` of any directions d; here, those of the gradient.
 
-    A step on such a ray is plain torch: beside the model's forward it does not count, while int8
-    directions are what keeps the FGSM search small.
+    A step on such a ray is plain torch, which costs 1 to 2 % of a search (docs/attacks.md); int8
+    directions are what keeps the FGSM search as small as it is.
     """
 
     def __init__(self, x: Tensor, classes: int, options: Options) -> None:
@@ -213,9 +213,8 @@ class VectorRay(Search):
     def slope(self, gradient: Tensor, rows: slice) -> Tensor:
         """(N,) derivative along the ray at its start, of the elements that can move."""
         x, direction = self.x[rows], self.direction[rows]
-        held = (direction > 0) & (x >= self.options.high) | (direction < 0) & (
-            x <= self.options.low
-        )
+        low, high = self.options.low, self.options.high
+        held = ((direction > 0) & (x >= high)) | ((direction < 0) & (x <= low))
         return (gradient * direction).masked_fill_(held, 0).flatten(1).sum(1)
 
     def start(self, slope: Tensor, begin: int) -> None:
@@ -247,12 +246,10 @@ class AttackRay(VectorRay):
     def head(self, gradient: Tensor, begin: int) -> None:
         rows = slice(begin, begin + len(gradient))
         step, watched = self.attack(rows)
-        for spent, total in zip(
-            self.attack_rows, (watched.forwards, watched.backwards), strict=True
-        ):
-            # Which rows of a batch it is that an attack goes on with is its own affair.
-            spent[rows] = total // len(step)
-            spent[rows][: total % len(step)] += 1
+        totals = (watched.forwards, watched.backwards)
+        for spent, total in zip(self.attack_rows[:, rows], totals, strict=True):
+            # Which of its batch's rows an attack goes on with is not known: all pay alike.
+            spent.fill_(total // len(step))[: total % len(step)] += 1
         self.direction[rows] = unit(step, self.options.norm)
         slope = self.slope(gradient.to(step.dtype), rows)
         # The ray need not start downhill; 0 would say that nothing can move.
@@ -332,11 +329,8 @@ class PGDSearch(Search):
     ) -> Tensor:
         low, high, norm = self.options.low, self.options.high, self.options.norm
         rows = index.long()
-        x, y, eps = (
-            self.x[rows].to(radii.dtype),
-            self.predicted(rows),
-            like_rows(radii[rows, 0], self.x),
-        )
+        x, y = self.x[rows].to(radii.dtype), self.predicted(rows)
+        eps = like_rows(radii[rows, 0], x)
         first = self.column("rows")[rows] == 0
         point = (x + eps * self.direction[rows]).clamp_(low, high)
         best, best_margin = point.clone(), radii.new_full((len(rows),), math.inf)
@@ -345,7 +339,7 @@ class PGDSearch(Search):
         for step in range(self.steps + 1):
             self.forwards[rows[left]] += 1
             leaf, logits = self._forward(model, point, with_graph=step < self.steps)
-            z = for_core(logits, self.x)
+            z = logits.detach().to(radii.dtype)
             margin = _margin(z, y[left])
             deeper = ~(margin >= best_margin[left])  # also where it is not finite
             at = left[deeper]
@@ -375,11 +369,8 @@ class PGDSearch(Search):
     def _seed(self, logits: Tensor, y: Tensor, runner_up: Tensor) -> Tensor:
         """Gradient in the logits of what the attack lets rise: another class against y."""
         if self.options.target:
-            return (
-                torch.zeros_like(logits)
-                .scatter_(1, runner_up[:, None], 1)
-                .scatter_(1, y[:, None], -1)
-            )
+            seed = torch.zeros_like(logits).scatter_(1, runner_up[:, None], 1)
+            return seed.scatter_(1, y[:, None], -1)
         others = logits.scatter(1, y[:, None], -math.inf) / self.options.temperature
         return others.softmax(1).scatter_(1, y[:, None], -1)
 
