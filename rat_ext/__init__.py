@@ -5,7 +5,7 @@
 Misclassification Detection Ability without Extra Data" (arXiv 2503.14783).
 """
 
-from . import metrics, radius_scores, reference, scores
+from . import attacks, metrics, radius_scores, reference, scores
 from ._build import BuildInfo, __version__, build_info
 from .cascade import Cascade
 from .detector import Decision, Detector
@@ -33,6 +33,7 @@ __all__ = [
     "RadiusShards",
     "SearchReport",
     "__version__",
+    "attacks",
     "build_info",
     "metrics",
     "radius_scores",

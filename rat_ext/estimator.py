@@ -63,8 +63,8 @@ class RadiusEstimator:
         check_input: raise if x is out of bounds, and warn of rows that are not finite, for both of
             which the host waits for a GPU. If False, such rows get nan without a word, and a call
             that replays the device loop returns before the GPU is done.
-        options: method, rtol, bounds, temperature, eps_max, attack, h, search and probes of
-            `robust_radius`.
+        options: method, rtol, bounds, temperature, eps_max, target, h, search and probes of
+            `robust_radius`. The attack is "fgsm".
 
     Attributes:
         mode: "device loop" (captured; the search never asks the host), "replay loop" (captured; the
@@ -88,6 +88,12 @@ class RadiusEstimator:
         if "batch_size" in options:
             raise TypeError("the batch size of a RadiusEstimator is that of example_x")
         self._options = Options.checked(example_x, **options)
+        names = [attack.name for attack in self._options.attacks]
+        if names != ["fgsm"]:
+            raise ValueError(
+                f"a RadiusEstimator searches FGSM rays; for attack {', '.join(names)} use "
+                "rat_ext.robust_radius"
+            )
         if precision not in (None, "bf16"):
             raise ValueError(f"precision is {precision!r}; expected None or 'bf16'")
         if precision and self._options.method != "bs":
@@ -126,7 +132,7 @@ class RadiusEstimator:
                 "Convert x, or make another estimator"
             )
         if not len(x):
-            return RadiusResult.empty(x)
+            return RadiusResult.empty(x, self._options)
         with torch.inference_mode(False), torch.no_grad(), self._lock, self._in_stream_order():
             if self._check_input:
                 checked_input(with_dense_rows(x.detach()), self._options)

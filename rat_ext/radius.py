@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._build import core
 from ._model import Model, check_device, logits_of, undisturbed, warn_not_finite
-from ._options import WIDE, Options, bounds_error
+from ._options import WIDE, AttackFunction, Options, bounds_error
 from .result import RadiusResult
 
 if TYPE_CHECKING:
@@ -52,14 +52,17 @@ def robust_radius(
     bounds: tuple[float, float] = (0.0, 1.0),
     temperature: float = 1.0,
     eps_max: float | None = None,
-    attack: str = "fgsm",
+    attack: str | AttackFunction | Sequence[str | AttackFunction] = "fgsm",
     batch_size: int | None = None,
     full: bool = False,
     h: float = 1e-3,
     search: str = "interpolate",
     probes: int = 1,
+    norm: str | None = None,
+    target: str | None = None,
+    steps: int | None = None,
 ) -> Tensor | RadiusResult:
-    """Distance of each input from the decision boundary along its FGSM ray, in the L-inf norm.
+    """Distance of each input from the decision boundary: by default on its FGSM ray, in L-inf.
 
     The ray of x is ``clip(x + eps * d, *bounds)`` with ``d = sign(grad_x CE(f(x) / temperature,
     y))`` and y the model's prediction. The radius is the eps at which the prediction changes, an
@@ -80,15 +83,25 @@ def robust_radius(
         rtol: a bracket is narrow enough when upper - lower <= rtol * upper.
         bounds: smallest and largest value of an input element.
         temperature: softmax temperature of the cross-entropy that directs the ray; > 0.
-        eps_max: how far to search; default the width of the bounds.
-        attack: how the ray is directed; "fgsm".
+        eps_max: how far to search; default the largest distance of two points in the bounds: their
+            width, times the square root of the elements for L2.
+        attack: how the change of prediction is looked for; see `rat_ext.attacks`. "fgsm" is the ray
+            above, "fgsm_l2" that of the gradient scaled to L2 norm 1. "pgd" and "pgd_l2" attack
+            anew at each radius. "deepfool", "fmn" and "fab", each also with "_l2", and functions
+            ``(model, x, y) -> x_adv`` choose the ray that is searched. "best", "best_l2" or a
+            sequence of attacks of one norm: the smallest radius counts.
         batch_size: most rows in one forward; default all of x. Does not change the results beyond
             rounding.
         full: return a RadiusResult instead of the radii alone.
         h: step of method "fast", in the units of x.
         search: "interpolate", or "bisect" for plain doubling from 1e-6 and bisection (slower).
         probes: points probed per sample and forward. More than one spends rows to save rounds, for
-            small batches on a device that they leave idle.
+            small batches on a device that they leave idle. Not for PGD.
+        norm: that of the distance, "linf" (default) or "l2", where ``attack`` is a function; named
+            attacks have theirs.
+        target: "runner-up" directs fgsm and pgd at the second most likely class at x instead of
+            away from the prediction. Any change of the prediction still counts.
+        steps: iterations of PGD (default 10) and of the libraries' attacks (default theirs).
 
     Returns:
         (N,) radii on x's device, float64 for float64 x and float32 otherwise: inf where the
@@ -99,9 +112,23 @@ def robust_radius(
         ValueError: x out of bounds or without a batch dimension, logits that are not (N, C >= 2),
             model and x on different devices, an option out of its range.
         TypeError: x or the logits are not floating-point tensors.
+        ImportError: the library of an attack is not installed.
     """
     options = Options.checked(
-        x, method, rtol, bounds, temperature, eps_max, attack, batch_size, h, search, probes
+        x,
+        method,
+        rtol,
+        bounds,
+        temperature,
+        eps_max,
+        attack,
+        batch_size,
+        h,
+        search,
+        probes,
+        norm=norm,
+        target=target,
+        steps=steps,
     )
     result = _radii(model, x, [options])[0]
     return result if full else result.radius
@@ -223,37 +250,23 @@ def batch_radii(
 
 
 def _radii(model: Model, x: Tensor, runs: Sequence[Options]) -> list[RadiusResult]:
-    """One search for each of `runs`, which differ in their temperature only."""
+    """One result for each of `runs`, which differ in their temperature only."""
+    from . import attacks  # which builds on what is here
+
     shared = runs[0]
     # Tensors made in inference mode cannot enter a graph, whatever mode the caller is in.
     with torch.inference_mode(False), torch.no_grad():
         x = x.detach()
         if not len(x):
-            return [RadiusResult.empty(x) for _ in runs]
+            return [RadiusResult.empty(x, shared) for _ in runs]
         x = with_dense_rows(x)
         finite = checked_input(x, shared)
         check_device(model, x)
         chunk = min(shared.batch_size or len(x), len(x))
         with undisturbed(model, x.device):
-            searches = _rays(model, x, runs, chunk)
-            for search in searches:
-                search.exclude(~finite)
-                search.run(model, chunk)
-        results = [search.result() for search in searches]
+            results = attacks.radii(model, x, runs, finite, chunk)
     warn_not_finite(results[0].radius, stacklevel=3)
     return results
-
-
-def _rays(model: Model, x: Tensor, runs: Sequence[Options], chunk: int) -> list[Search]:
-    """The searches of `runs`, each with its ray: one forward, and a backward for each run."""
-    searches: list[Search] = []
-    for begin in range(0, len(x), chunk):
-        leaf, logits = differentiable_logits(model, x[begin : begin + chunk])
-        if not searches:
-            searches = [Search(x, logits.shape[1], run) for run in runs]
-        for i, search in enumerate(searches):
-            search.aim(leaf, logits, begin, retain_graph=i + 1 < len(searches))
-    return searches
 
 
 def differentiable_logits(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,19 +339,25 @@ class Search:
 
     def aim(self, leaf: Tensor, logits: Tensor, begin: int = 0, retain_graph: bool = False) -> None:
         """Take the ray of rows begin, begin + 1, ... from the logits of `leaf` and their graph."""
-        low, high = self.options.low, self.options.high
         launch = launch_arguments(self.x)
         values = for_core(logits, self.x)
         seed = torch.empty_like(values)
         core.start(values, seed, self.state, begin, **launch)
+        if self.options.target:
+            seed = runner_up_seed(values, self.predicted(slice(begin, begin + len(leaf))))
         (gradient,) = torch.autograd.grad(
             logits, leaf, seed.to(logits.dtype), retain_graph=retain_graph
         )
-        rows = slice(begin, begin + len(leaf))
+        self.head(gradient, begin)
+
+    def head(self, gradient: Tensor, begin: int) -> None:
+        """Take the direction and the first probes of rows begin, ... from the input gradient."""
+        low, high = self.options.low, self.options.high
+        rows = slice(begin, begin + len(gradient))
         x, direction = self.x[rows], self.direction[rows]
         if gradient.stride() != x.stride():
             gradient = empty_rows_like(x, len(x), x.dtype).copy_(gradient)
-        core.aim(gradient, x, direction, low, high, self.state, begin, **launch)
+        core.aim(gradient, x, direction, low, high, self.state, begin, **launch_arguments(x))
         if self.options.method == "fast":
             self.probes[rows].fill_(self.options.h)
 
@@ -395,6 +414,11 @@ class Search:
         """(N,) view of one field of the brackets (csrc/search_rule.h)."""
         return self.brackets[:, _COLUMN[name]]
 
+    def predicted(self, rows: slice | Tensor) -> Tensor:
+        """int64: the classes at radius 0 of some rows; any class for those that are not finite."""
+        classes = self.gaps.shape[1] // core.KNOTS
+        return self.column("prediction")[rows].long().clamp_(0, classes - 1)
+
     def result(self, rows: int | None = None) -> RadiusResult:
         """The results of the first `rows` rows, of all by default."""
         column = {name: self.column(name)[:rows] for name in _COLUMN}
@@ -413,7 +437,11 @@ class Search:
             flipped_to=column["flipped_to"].where(found, -1).long(),
             forward_rows=column["rows"].long(),
             fallbacks=column["fallbacks"].long(),
+            backward_rows=torch.zeros_like(status, dtype=torch.int64),
+            won=torch.zeros_like(status, dtype=torch.int64),
             worst_case_rows=self.state.max_rows() if searched else 0,
+            norm=self.options.norm,
+            attacks=tuple(attack.name for attack in self.options.attacks),
         )
 
 
@@ -431,6 +459,13 @@ def input_flags(x: Tensor, options: Options) -> Tensor:
     flags = torch.empty(len(x), dtype=torch.uint8, device=x.device)
     core.inspect(x, options.low, options.high, flags, **launch_arguments(x))
     return flags
+
+
+def runner_up_seed(logits: Tensor, prediction: Tensor) -> Tensor:
+    """Gradient of the runner-up's logit minus the prediction's: +1 and -1, 0 elsewhere."""
+    y = prediction[:, None]
+    runner_up = logits.scatter(1, y, -math.inf).argmax(1, keepdim=True)
+    return torch.zeros_like(logits).scatter_(1, runner_up, 1).scatter_(1, y, -1)
 
 
 def for_core(logits: Tensor, x: Tensor) -> Tensor:

@@ -30,30 +30,34 @@ class RadiusScore(TunedScore):
     """
 
     method: ClassVar[str]
-    backward_rows = 1.0
 
     def __init__(self, temperature: float | Sequence[float] = TEMPERATURES, **options: Any) -> None:
         if taken := {"method", "full"} & options.keys():
             raise TypeError(f"{type(self).__name__} sets {' and '.join(sorted(taken))} itself")
         super().__init__(temperature)
         self.options = options
-        self._samples = self._rows = 0
+        self._samples = self._forwards = self._backwards = 0
 
     @property
     def forward_rows(self) -> float:
         """Measured: the mean over the samples scored since fit(), with the ray's; nan before."""
-        return self._rows / self._samples if self._samples else math.nan
+        return self._forwards / self._samples if self._samples else math.nan
+
+    @property
+    def backward_rows(self) -> float:
+        """Measured, as the forward rows."""
+        return self._backwards / self._samples if self._samples else math.nan
 
     def fit(self, model: Model, loader: Iterable[Any], *, progress: bool = True) -> Self:
         """Choose the temperature with the smallest AURC on (x, target, ...) batches held out."""
         super().fit(model, loader, progress=progress)
-        self._samples = self._rows = 0
+        self._samples = self._forwards = self._backwards = 0
         return self
 
     def at(self, setting: Setting) -> Self:
-        """This score with one setting; it counts its forward rows anew."""
+        """This score with one setting; it counts its rows anew."""
         score = super().at(setting)
-        score._samples = score._rows = 0
+        score._samples = score._forwards = score._backwards = 0
         return score
 
     def state(self) -> dict[str, Any]:
@@ -68,7 +72,8 @@ class RadiusScore(TunedScore):
             model, x, method=self.method, temperature=self.temperature, full=True, **self.options
         )
         self._samples += len(result)
-        self._rows += len(result) + int(result.forward_rows.sum())
+        self._forwards += len(result) + int(result.forward_rows.sum())
+        self._backwards += len(result) + int(result.backward_rows.sum())
         return result.radius, result.prediction
 
     def score_settings(

@@ -5,12 +5,15 @@
 the arguments of `rat_ext.robust_radius` and returns the same, slower.
 
 Notation: f is the model, z = f(x) its logits, y = argmax z its prediction, T the temperature. The
-FGSM ray of x is x(eps) = clip(x + eps * d, low, high) with d = sign(grad_x CE(z / T, y)).
+FGSM ray of x is x(eps) = clip(x + eps * d, low, high) with d = sign(grad_x CE(z / T, y)); for L2
+distances d is that gradient scaled to L2 norm 1. PGD (Madry et al., ICLR 2018) looks for a change
+of the prediction anywhere in the ball of radius eps.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,8 @@ FIRST_STEP = 1e-6
 TEXTBOOK_PROBES = 24
 """Probes of the textbook RR-BS (`regrad=True`)."""
 
+PGD_STEPS = 10
+
 
 def robust_radius(
     model: Model,
@@ -40,11 +45,14 @@ def robust_radius(
     batch_size: int | None = None,
     full: bool = False,
     h: float = 1e-3,
+    target: str | None = None,
+    steps: int | None = None,
     regrad: bool = False,
 ) -> Tensor | RadiusResult:
-    """Distance of each input from the decision boundary along its FGSM ray, in the L-inf norm.
+    """Distance of each input from the decision boundary: by default on its FGSM ray, in L-inf.
 
     Args:
+        attack: "fgsm", "fgsm_l2", "pgd" or "pgd_l2".
         regrad: RR-BS as it is commonly run: a new FGSM gradient, of the cross-entropy itself, at
             each of 24 probes, and no early end (``rtol`` is not used). Its ``forward_rows`` count
             both forwards of a probe; its 24 backwards a row come on top.
@@ -52,14 +60,35 @@ def robust_radius(
     All else is as in `rat_ext.robust_radius`, also what is returned and raised. The search is a
     doubling from 1e-6 of eps_max and then a bisection, so ``search`` and ``probes`` are not taken.
     """
-    options = Options.checked(x, method, rtol, bounds, temperature, eps_max, attack, batch_size, h)
-    if regrad and method != "bs":
-        raise ValueError(f"regrad=True is a variant of method 'bs'; got method {method!r}")
-    method_of = {"bs": rr_bs_regrad if regrad else rr_bs, "fast": rr_fast}
+    options = Options.checked(
+        x,
+        method,
+        rtol,
+        bounds,
+        temperature,
+        eps_max,
+        attack,
+        batch_size,
+        h,
+        target=target,
+        steps=steps,
+    )
+    names = [each.name for each in options.attacks]
+    if names[1:] or options.attacks[0].kind not in ("fgsm", "pgd"):
+        raise ValueError(f"the reference has one of fgsm and pgd at a time, not {', '.join(names)}")
+    if regrad and (method != "bs" or names != ["fgsm"] or target):
+        raise ValueError(
+            f"regrad=True is a variant of method 'bs' with attack 'fgsm' and no target; got method "
+            f"{method!r}, attack {names[0]!r} and target {target!r}"
+        )
+    if method == "bs":
+        method = "regrad" if regrad else options.attacks[0].kind
+    method_of = {"fgsm": rr_bs, "pgd": rr_pgd, "regrad": rr_bs_regrad, "fast": rr_fast}
     with torch.inference_mode(False), torch.no_grad():
         x = x.detach().clone() if x.is_inference() else x.detach()
         if not len(x):
-            return RadiusResult.empty(x) if full else RadiusResult.empty(x).radius
+            empty = RadiusResult.empty(x, options)
+            return empty if full else empty.radius
         finite_rows = x.isfinite().flatten(1).all(1)
         outside = ((x < options.low) | (x > options.high)).flatten(1).any(1) & finite_rows
         if outside.any():
@@ -81,26 +110,57 @@ def log_odds(z: Tensor, y: Tensor) -> Tensor:
     return z.gather(1, y[:, None]).squeeze(1) - others.logsumexp(1)
 
 
-def fgsm_direction(model: Model, x: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def fgsm_direction(
+    model: Model, x: Tensor, temperature: float, norm: str = "linf", target: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The direction d = sign(grad_x CE(z / T, y)) of x, with the logits z and predictions y at x.
 
     The gradient taken is that of minus the log-odds of y, which is that of the cross-entropy up to
     the positive factor 1 - p_y. That factor does not change the sign, but underflows where the
-    model is confident.
+    model is confident. For L2 d is the gradient, scaled to norm 1.
+    """
+    gradient, z, y, _ = attack_gradient(model, x, temperature, target)
+    gradient[~gradient.isfinite().flatten(1).all(1)] = math.nan
+    return steepest(gradient, norm), z, y
+
+
+def attack_gradient(
+    model: Model,
+    x: Tensor,
+    temperature: float,
+    target: str | None,
+    y: Tensor | None = None,
+    runner_up: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient at x of minus the log-odds of y, or of a target's logit minus that of y.
+
+    Returns it with the logits z, y and the runner-up, which are those at x unless they are given.
     """
     leaf = x.clone().requires_grad_()
     with torch.enable_grad():
         z = logits_of(model(leaf), len(x)).to(WIDE[x.dtype])
-        y = z.argmax(1)
-        loss = -log_odds(z / temperature, y).sum()
+        y = z.argmax(1) if y is None else y
+        others = z.scatter(1, y[:, None], -math.inf)
+        runner_up = others.argmax(1) if runner_up is None else runner_up
+        if target is None:
+            loss = -log_odds(z / temperature, y).sum()
+        else:
+            loss = (z.gather(1, runner_up[:, None]) - z.gather(1, y[:, None])).sum()
     if not loss.requires_grad:
         raise RuntimeError(
             "the logits do not depend on the input through autograd, so there is no direction to "
             "search in. Is the model's forward under no_grad, or does it detach?"
         )
     (gradient,) = torch.autograd.grad(loss, leaf)
-    gradient[~gradient.isfinite().flatten(1).all(1)] = math.nan
-    return gradient.sign(), z.detach(), y
+    return gradient, z.detach(), y, runner_up
+
+
+def steepest(gradient: Tensor, norm: str) -> Tensor:
+    """The direction of norm 1 in which a function with this gradient rises fastest."""
+    if norm == "linf":
+        return gradient.sign()
+    length = gradient.flatten(1).norm(dim=1)
+    return gradient / length.where(length != 0, 1).view(-1, *[1] * (gradient.ndim - 1))
 
 
 def textbook_direction(model: Model, x: Tensor, y: Tensor, temperature: float) -> Tensor:
@@ -124,17 +184,22 @@ def on_ray(x: Tensor, direction: Tensor, eps: Tensor, options: Options) -> Tenso
 
 def rr_bs(model: Model, x: Tensor, options: Options) -> RadiusResult:
     """RR-BS on a fixed ray: doubling until the prediction changes, then bisection."""
-    direction, z, y = fgsm_direction(model, x, options.temperature)
+    row, _ = searched_ray(model, x, options)
+    return row.result()
+
+
+def searched_ray(model: Model, x: Tensor, options: Options) -> tuple[_Rows, Tensor]:
+    """The rows, their search on the ray done, and the directions of the ray."""
+    direction, z, y = fgsm_direction(model, x, options.temperature, options.norm, options.target)
     row = _Rows(x, z, y, options)
     row.fail(~direction.isfinite().flatten(1).all(1))
-    while row.active.any():
-        i = row.active.nonzero().squeeze(1)
-        row.update(i, logits_of(model(on_ray(x[i], direction[i], row.eps[i], options)), len(i)))
+
+    def probe(i: Tensor, eps: Tensor) -> Tensor:
         row.rows[i] += 1
-        gap = row.upper - row.lower.clamp_min(options.eps_min)
-        closed = row.found & (gap <= options.rtol * row.upper)
-        row.active &= ~closed & ~row.exhausted
-    return row.result()
+        return logits_of(model(on_ray(x[i], direction[i], eps, options)), len(i))
+
+    row.search(probe)
+    return row, direction
 
 
 def rr_bs_regrad(model: Model, x: Tensor, options: Options) -> RadiusResult:
@@ -150,6 +215,78 @@ def rr_bs_regrad(model: Model, x: Tensor, options: Options) -> RadiusResult:
     return row.result()
 
 
+# --- PGD ------------------------------------------------------------------------------------------
+
+
+def rr_pgd(model: Model, x: Tensor, options: Options) -> RadiusResult:
+    """The same search, with PGD in the ball of radius eps in place of the point of the ray.
+
+    The first radius is the one at which the ray's search saw the prediction change. A row starts in
+    the direction in which its last attack ended, at first that of the ray.
+    """
+    ray, direction = searched_ray(model, x, options)
+    steps = options.steps or PGD_STEPS
+    y = ray.prediction.clamp_min(0)
+    _, z, _, runner_up = attack_gradient(model, x, options.temperature, options.target, y)
+    row = _Rows(x, z, ray.prediction, options)
+    row.fail(ray.lower.isnan())
+    row.eps = ray.upper.where(ray.found, row.eps)
+    seen = torch.zeros_like(row.active)
+
+    def attack(i: int, eps: Tensor) -> Tensor:
+        """The logits at the point nearest to another class, or furthest into it, that is met."""
+        xi, yi = x[i : i + 1].to(z.dtype), y[i : i + 1]
+        point = on_ray(xi, direction[i : i + 1], eps.view(1), options)
+        best = math.inf
+        for step in range(steps + 1):
+            gradient, zi, _, _ = attack_gradient(
+                model,
+                point.to(x.dtype),
+                options.temperature,
+                options.target,
+                yi,
+                runner_up[i : i + 1],
+            )
+            row.rows[i] += 1
+            row.backwards[i] += step < steps
+            margin = (zi[0, yi] - zi[0].scatter(0, yi, -math.inf).max()).item()
+            if not margin >= best:
+                best, best_z, best_point = margin, zi[0], point
+            flipped = zi.argmax(1) != yi
+            if step == steps or (flipped and seen[i]) or not zi.isfinite().all():
+                break
+            moved = point + 2.5 * eps / steps * steepest(gradient, options.norm).to(z.dtype)
+            point = projected(moved, xi, eps, options)
+        seen[i] = True
+        direction[i] = (best_point - xi)[0] / eps
+        return best_z
+
+    def probe(i: Tensor, eps: Tensor) -> Tensor:
+        return torch.stack([attack(j, e) for j, e in zip(i.tolist(), eps, strict=True)])
+
+    row.search(probe)
+    result = row.result()
+    # The ray is one of the ball's: where its bracket is lower, that is the radius.
+    nearer = ray.found & ~(result.radius <= ray.result().radius)
+    for name in ("radius", "lower", "upper", "flipped_to"):
+        getattr(result, name)[nearer] = getattr(ray.result(), name)[nearer]
+    result.forward_rows.add_(ray.rows)
+    return result
+
+
+def projected(point: Tensor, x: Tensor, eps: Tensor, options: Options) -> Tensor:
+    """The point, pulled into the ball of radius eps around x and then into the bounds."""
+    step = point - x
+    if options.norm == "linf":
+        step = step.clamp(-eps, eps)
+    elif step.norm() > eps:
+        step = step * (eps / step.norm())
+    return (x + step).clamp(options.low, options.high)
+
+
+# --- What both searches keep ----------------------------------------------------------------------
+
+
 class _Rows:
     """The bracket (lower, upper) of each row, and the radius eps that it probes next."""
 
@@ -159,7 +296,7 @@ class _Rows:
         self.upper = torch.full_like(self.lower, math.inf)
         self.eps = torch.full_like(self.lower, FIRST_STEP * options.eps_max)
         self.flipped_to = torch.full_like(y, -1)
-        self.rows = torch.zeros_like(y)
+        self.rows, self.backwards = torch.zeros_like(y), torch.zeros_like(y)
         self.active = torch.ones_like(y, dtype=torch.bool)
         self.fail(~z.isfinite().all(1))
 
@@ -177,6 +314,15 @@ class _Rows:
         self.lower[rows] = self.upper[rows] = math.nan
         self.prediction = self.prediction.where(~rows, -1)
         self.active = self.active & ~rows
+
+    def search(self, probe: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Narrow all brackets with probe(i, eps), the logits of rows i at their eps."""
+        while self.active.any():
+            i = self.active.nonzero().squeeze(1)
+            self.update(i, probe(i, self.eps[i]))
+            gap = self.upper - self.lower.clamp_min(self.options.eps_min)
+            closed = self.found & (gap <= self.options.rtol * self.upper)
+            self.active &= ~closed & ~self.exhausted
 
     def update(self, i: Tensor, z: Tensor) -> None:
         """Take the logits z that rows i have at their eps, and choose their next eps."""
@@ -201,6 +347,10 @@ class _Rows:
             flipped_to=self.flipped_to.where(self.found, -1),
             forward_rows=self.rows,
             fallbacks=torch.zeros_like(self.rows),
+            backward_rows=self.backwards,
+            won=torch.zeros_like(self.rows),
+            norm=self.options.norm,
+            attacks=(self.options.attacks[0].name,),
         )
 
 
@@ -209,7 +359,7 @@ class _Rows:
 
 def rr_fast(model: Model, x: Tensor, options: Options) -> RadiusResult:
     """RR-Fast: each gap z_y - z_j is taken as linear between 0 and h; the earliest root counts."""
-    direction, z, y = fgsm_direction(model, x, options.temperature)
+    direction, z, y = fgsm_direction(model, x, options.temperature, target=options.target)
     step = torch.full((len(x),), options.h, dtype=z.dtype, device=x.device)
     z_h = logits_of(model(on_ray(x, direction, step, options)), len(x)).to(z.dtype)
     gap = z.gather(1, y[:, None]) - z
@@ -229,6 +379,8 @@ def rr_fast(model: Model, x: Tensor, options: Options) -> RadiusResult:
         flipped_to=flipped_to.where(found & ~failed, -1),
         forward_rows=torch.ones_like(y),
         fallbacks=torch.zeros_like(y),
+        backward_rows=torch.zeros_like(y),
+        won=torch.zeros_like(y),
     )
 
 

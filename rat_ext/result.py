@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._options import WIDE
+from ._options import WIDE, Options
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SearchReport:
     worst_case: int
     """No sample can take more rows than this, whatever the model (0 where it is not searched)."""
     fallback_share: float
-    """Share of the search's rounds, over all samples, that bisected instead of interpolating."""
+    """Rounds that bisected instead of interpolating, for each forward row."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RadiusResult:
     radius: Tensor
     """Midpoint of the bracket; inf where no flip was found; nan where a row is not finite."""
     lower: Tensor
-    """Largest radius probed at which the prediction holds."""
+    """Largest radius probed at which the prediction holds; for PGD, at which the attack fails."""
     upper: Tensor
     """Smallest radius probed at which it has changed; inf where none was found."""
     found: Tensor
@@ -47,22 +47,42 @@ class RadiusResult:
     flipped_to: Tensor
     """int64: the class at ``upper``; -1 where no flip was found."""
     forward_rows: Tensor
-    """int64: forward rows that the search took, beside the one forward and backward of the ray."""
+    """int64: forward rows that it took, beside the one forward and backward of the ray."""
     fallbacks: Tensor
     """int64: rounds of the search that fell back to bisection."""
+    backward_rows: Tensor
+    """int64: backward rows that it took, beside that of the ray; 0 for the attack "fgsm"."""
+    won: Tensor
+    """int64: which of ``attacks`` found the radius."""
     worst_case_rows: int = 0
     norm: str = "linf"
+    """Of the radius: "linf" or "l2"."""
+    attacks: tuple[str, ...] = ("fgsm",)
+    """The attacks of which the smallest radius counts."""
 
     def __len__(self) -> int:
         return self.radius.shape[0]
 
     @classmethod
-    def empty(cls, x: Tensor) -> RadiusResult:
+    def empty(cls, x: Tensor, options: Options) -> RadiusResult:
         """The result for an x without rows."""
         real = torch.empty(0, dtype=WIDE[x.dtype], device=x.device)
         integer = torch.empty(0, dtype=torch.int64, device=x.device)
         found = torch.empty(0, dtype=torch.bool, device=x.device)
-        return cls(real, real, real, found, integer, integer, integer, integer)
+        return cls(
+            radius=real,
+            lower=real,
+            upper=real,
+            found=found,
+            prediction=integer,
+            flipped_to=integer,
+            forward_rows=integer,
+            fallbacks=integer,
+            backward_rows=integer,
+            won=integer,
+            norm=options.norm,
+            attacks=tuple(attack.name for attack in options.attacks),
+        )
 
     @property
     def search_report(self) -> SearchReport:
