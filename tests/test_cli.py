@@ -321,7 +321,6 @@ def test_logs_for_tensorboard(tmp_path: Path) -> None:
         ("evaluate", ["--checkpoint", "absent.pt"], "there is no checkpoint absent.pt"),
         ("evaluate", ["--scores", "mrs"], "no score is named 'mrs'"),
         ("radii", [], "give the --checkpoint of the model, or --pretrained"),
-        ("radii", ["--batch-size", "0"], "batch_size is 0"),
     ],
 )
 def test_errors_of_train_and_evaluate(
@@ -335,6 +334,15 @@ def test_errors_of_train_and_evaluate(
     common = {"train": TRAIN, "evaluate": EVALUATE, "radii": radii}[command]
     assert cli.main([*common, *arguments, "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(f"rat-ext {command}: error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_radii_come_in_batches(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--checkpoint", str(trained / "model.pt"), "--batch-size", "0"]
+    assert cli.main(["radii", "--data", "digits", *options, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("rat-ext radii: error: batch_size is 0")
     assert not (tmp_path / "out").exists()
 
 
