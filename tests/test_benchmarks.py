@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -147,3 +149,66 @@ def test_the_load_test_measures_the_service_and_its_floor(tmp_path, capsys):
         assert run["floor_radii_per_second"] > 0
         assert run["worst_difference"] < 1e-5
     assert capsys.readouterr().out.splitlines()[-1].startswith("| 2 | ")
+
+
+def test_the_misclassification_experiment_runs_and_goes_on(tmp_path, monkeypatch, capsys):
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import misd
+
+    (tmp_path / "data").mkdir()
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 40), ("test", 60)):
+        files = []
+        for pixels in generator.integers(256, size=(count, 8, 8, 3), dtype=np.uint8):
+            image.fromarray(pixels).save(buffer := io.BytesIO(), "JPEG")
+            files.append(buffer.getvalue())
+        np.savez(
+            tmp_path / "data" / f"cifar10-jpeg-{part}.npz",
+            bytes=np.frombuffer(b"".join(files), np.uint8),
+            offsets=np.cumsum([0, *map(len, files)]),
+            labels=generator.integers(3, size=count),
+            classes=np.array(["a", "b", "c"]),
+        )
+
+    def small_net(*_):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).eval()
+
+    monkeypatch.setattr(misd, "load_model", small_net)
+    nets = {"shared": misd.Net(), "rat": misd.fine_tuned(eps=4e-3, epochs=1)}
+    monkeypatch.setattr(misd, "NETS", nets)
+    folders = ["--shared", str(tmp_path), "--work", str(tmp_path / "work")]
+    written = ["--out", str(tmp_path / "misd.json"), "--plots", str(tmp_path)]
+    sizes = ["--tune", "20", "--test", "40", "--resamples", "20"]
+    misd.main([*folders, *written, *sizes])
+    results = json.loads((tmp_path / "misd.json").read_text())["nets"]
+    assert results.keys() == nets.keys()
+    for net in results.values():
+        assert net["errors"] == round(40 * (1 - net["accuracy"]))
+        for row in net["scores"].values():
+            low, high = row["aurc_interval"]
+            assert 0 <= low <= high <= 1
+        assert net["scores"]["MSR"]["minus_msr_interval"] == [0, 0]
+    for plot in ("misd-differences.png", "misd-exponents.png"):
+        assert (tmp_path / plot).stat().st_size > 1000
+    tables = capsys.readouterr().out
+
+    monkeypatch.setattr(misd, "train", None)  # what is done is not done again
+    misd.main([*folders, *written, *sizes])
+    assert tables.endswith(capsys.readouterr().out)
+
+
+def test_slopes_are_those_of_the_log_odds(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import misd
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+    x = torch.rand(5, 3, 2, 2, dtype=torch.float64)
+    z = model(x)
+    weight, y = model[1].weight, z.argmax(1)
+    others = z.scatter(1, y[:, None], -torch.inf).softmax(1)
+    expected = (weight[y] - others @ weight).abs().sum(1)
+    images = misd.datasets.Images(x, torch.zeros(5, dtype=torch.long), ("a", "b", "c"))
+    torch.testing.assert_close(misd.slopes(model, images), expected)
