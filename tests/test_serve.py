@@ -811,10 +811,11 @@ def program(folder: Path, *options: str) -> Iterator[Program]:
     """A server that takes requests. Nothing of it is left afterwards."""
     command = [sys.executable, "-W", "error", "-m", "rat_ext", "serve", "--device", "cpu"]
     command += ["--checkpoint", str(folder / "model.pt"), "--input-size", "1x8x8", "--threads", "1"]
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
         [*command, "--port", "0", *options],
         env={**os.environ, "PYTHONPATH": path},
+        cwd=folder,  # not the sources, whose package has no core
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
