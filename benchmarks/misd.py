@@ -14,7 +14,6 @@ another seed of the training.
 
 import argparse
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -313,14 +312,12 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: getattr(arguments, name) for name in ("tune", "test", "resamples")}
     results = {}
     for name in arguments.nets:
-        start = time.perf_counter()
         record = arguments.work / f"{name.replace(' ', '-')}.json"
         if record.exists() and (known := json.loads(record.read_text()))["settings"] == settings:
             results[name] = known["result"]
             continue
         model = trained(name, arguments.shared, arguments.work)
         results[name] = measured(name, model, arguments)
-        results[name]["seconds"] = time.perf_counter() - start
         content = json.dumps({"settings": settings, "result": results[name]}, indent=1)
         arguments.work.mkdir(parents=True, exist_ok=True)
         replace(record, lambda path, content=content: path.write_text(content))
