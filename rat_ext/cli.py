@@ -138,9 +138,13 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     _add_model(parser, required=True)
     parser.add_argument("--from", dest="start", type=Path, help="checkpoint to fine-tune")
     parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard, too")
-    group = parser.add_argument_group("recipe")
-    for field in fields(Recipe):
-        flag, text = f"--{field.name.replace('_', '-')}", _RECIPE_HELP[field.name]
+    _add_fields(parser.add_argument_group("recipe"), Recipe, _RECIPE_HELP)
+
+
+def _add_fields(group: argparse._ArgumentGroup, settings: type, helps: dict[str, str]) -> None:
+    """An option for each field of a dataclass."""
+    for field in fields(settings):
+        flag, text = f"--{field.name.replace('_', '-')}", helps[field.name]
         if isinstance(field.default, bool):
             group.add_argument(flag, action="store_true", help=text)
         else:
@@ -186,17 +190,22 @@ def _add_classifier(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, required=False)
 
 
-def _classifier(options: argparse.Namespace, num_classes: int) -> tuple[str, torch.nn.Module]:
-    """The name of the trained model that was asked for, and the model."""
+def _model_name(options: argparse.Namespace) -> str:
     from . import models
 
     if options.checkpoint is None and not options.pretrained:
         raise ValueError("give the --checkpoint of the model, or --pretrained")
-    name = options.model
+    name = options.model or (models.name_in(options.checkpoint) if options.checkpoint else None)
     if name is None:
-        name = models.name_in(options.checkpoint) if options.checkpoint else None
-        if name is None:
-            raise ValueError("the checkpoint does not name its model: give --model")
+        raise ValueError("the checkpoint does not name its model: give --model")
+    return name
+
+
+def _classifier(options: argparse.Namespace, num_classes: int) -> tuple[str, torch.nn.Module]:
+    """The name of the trained model that was asked for, and the model."""
+    from . import models
+
+    name = _model_name(options)
     model = models.create(name, num_classes, pretrained=options.pretrained)
     if options.checkpoint is not None:
         models.load_weights(model, options.checkpoint)
@@ -520,8 +529,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
         formatter_class=_Formatter,
     )
     parser.set_defaults(run=_serve)
-    parser.add_argument("--checkpoint", type=Path, help="weights of the model")
-    _add_model(parser, required=False)
+    _add_classifier(parser)
     _add_device(parser)
     parser.add_argument(
         "--num-classes", type=int, help="of the model (default: as many as there are names)"
@@ -566,9 +574,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     group.add_argument("--host", default="127.0.0.1", help="name or address to listen on")
     group.add_argument("--port", type=int, default=8000, help="0 for a free one")
     group.add_argument("--access-log", action="store_true", help="log every request")
-    for field in fields(Settings):
-        flag, text = f"--{field.name.replace('_', '-')}", _SERVE_HELP[field.name]
-        group.add_argument(flag, type=type(field.default), default=field.default, help=text)
+    _add_fields(group, Settings, _SERVE_HELP)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -585,20 +591,14 @@ def _serve(options: argparse.Namespace) -> None:
     import torch
 
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
-    name = options.model or (models.name_in(options.checkpoint) if options.checkpoint else None)
-    if name is None:
-        raise ValueError("give --model, or the --checkpoint of one that names its model")
-    if options.checkpoint is None and not options.pretrained:
-        raise ValueError("give the --checkpoint of the model, or --pretrained")
+    name = _model_name(options)
     shape = _input_size(options.input_size) if options.input_size else models.input_size(name)
     if shape is None:
         raise ValueError(f"give the --input-size of {name}, for example 3x224x224")
     classes = _class_names(options)
-    model = models.create(name, _num_classes(options, classes), pretrained=options.pretrained)
-    if options.checkpoint is not None:
-        models.load_weights(model, options.checkpoint)
+    _, model = _classifier(options, _num_classes(options, classes))
     with _device(options) as (device, _):
-        model.to(device).eval()
+        model.to(device)
         parameter = next(model.parameters(), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
         bounds = tuple(options.bounds)

@@ -15,6 +15,7 @@ from rat_ext import datasets, models, scores, training
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+pytestmark = pytest.mark.usefixtures("one_thread")
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -41,12 +42,8 @@ def reader() -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_own_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores, "_registry", dict(scores._registry))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_pages_are_found() -> None:

@@ -18,12 +18,7 @@ from rat_ext.evaluation import Settings, evaluate
 FEW = ("msr", "odin", "rel-u", "rr-fast", "rr-bs")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

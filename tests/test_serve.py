@@ -1145,12 +1145,12 @@ def test_errors_of_serve(
     bare = ["--checkpoint", str(tmp_path / "bare.pt")]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for arguments, message in [
-            ([], "give --model, or the --checkpoint of one that names its model"),
+            ([], "give the --checkpoint of the model, or --pretrained"),
             (["--model", "resnet20"], "give the --checkpoint of the model, or --pretrained"),
             (good, "give the --input-size of served:build, for example 3x224x224"),
             ([*good, "--input-size", "8x"], "input-size is '8x'; expected sizes such as"),
             ([*good, "--input-size", "1x9x9"], "the model fails on an input of shape (1, 9, 9)"),
-            (bare, "give --model, or the --checkpoint"),
+            (bare, "the checkpoint does not name its model: give --model"),
             ([*bare, "--model", "digits-cnn"], "the checkpoint does not name its classes"),
             ([*good, "--num-classes", "4"], "give the --input-size"),
             (

@@ -17,12 +17,7 @@ from rat_ext.training import Recipe, train
 FAST = Recipe(epochs=8, batch_size=50, optimizer="adamw", lr=3e-3, eps=0.05)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
