@@ -58,6 +58,17 @@ def test_torchvision_models_by_name() -> None:
         models.create("torchvision:resnet19")
 
 
+def test_timm_models_by_name() -> None:
+    pytest.importorskip("timm")
+    model = models.create("timm:mobilenetv3_small_050", 5).eval()
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 5)
+    assert model.mean.flatten().tolist() == pytest.approx(models.IMAGENET_MEAN)
+    with pytest.raises(ValueError, match="timm has no model named 'resnet19'"):
+        models.create("timm:resnet19")
+    with pytest.raises(ValueError, match="the pretrained resnet18 has 1000 classes, not 5"):
+        models.create("timm:resnet18", 5, pretrained=True)
+
+
 def test_user_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_abc.py").write_text(
         "import torch\ndef net(classes): return torch.nn.Linear(4, classes)\n"
