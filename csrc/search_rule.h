@@ -12,16 +12,17 @@
 // averaged with the softmax weights of the runner-ups: to their slope at 0, which the ray's
 // backward pass gives for free, or, in a bracket, to a third known point.
 //   - The first probe is the linear estimate margin / slope times kFirstStep: gradients shrink
-//   along
-//     the ray, so that the linear estimate falls short. (The margin, not the log-odds: the latter
-//     are negative for a hesitant prediction.)
+//     along the ray, so that the linear estimate falls short. (The margin, not the log-odds: the
+//     latter are negative for a hesitant prediction.)
 //   - An estimate is probed half a tolerance off, towards the end of the bracket that is further
-//   away,
-//     so that the next probe, one tolerance back, closes the bracket.
-//   - While nothing has flipped, estimates stay short, the more so the further they reach beyond
-//     the last probe. They are stretched by kStretch times the square of that reach, and from the
-//     second round on by kRestretch times the reach itself: a probe on the far side leaves a
-//     bracket that interpolation closes in two more, one on the near side leaves nothing.
+//     away, so that the next probe, one tolerance back, closes the bracket.
+//   - While nothing has flipped, an estimate from the slope stays short, the more so the further it
+//     reaches beyond the last probe. It is stretched by kStretch times the square of that reach: a
+//     probe on the far side leaves a bracket that interpolation closes in two more, one on the near
+//     side leaves nothing.
+//   - Where kPatience probes in a row have moved the same end of the bracket, and it creeps or the
+//     budget below is nearly spent, estimates err to one side. The probe then goes past them, twice
+//     as far each time, up to bisection.
 //   - While nothing has flipped, the step may grow by factors that rise from probe to probe, and
 //     after kFreeRounds it must: the end of the ray is reached in O(sqrt(log)) probes.
 //   - In a bracket each row has a budget: the probes that geometric bisection would take from the
@@ -42,8 +43,9 @@ constexpr int kKnots = 3;       // points of the ray whose gaps a row remembers
 constexpr int kMaxProbes = 32;  // probes per row and round
 constexpr double kFirstStep = 1.15;
 constexpr double kStretch = 0.5;
-constexpr double kRestretch = 0.25;
 constexpr int kFreeRounds = 4;         // rounds without a flip before the step is made to grow
+constexpr double kPatience = 3;        // moves of one end in a row before a probe goes past it
+constexpr double kCreep = 0.6;         // an end creeps if its next move is so much of its last one
 constexpr double kSlack = 4;           // probes that a row may spend beyond geometric bisection
 constexpr double kFirstSpread = 1.25;  // ratio of neighbouring first probes when there are several
 
@@ -63,16 +65,19 @@ struct Bracket {
   T fallbacks;   // how many of the rounds bisected because the estimate could not be trusted
   T budget;      // rows left for the bracket; see the worst case above
   T third;       // radius of the third knot; negative if there is none
-  T lower_knot;  // where the gaps at lower, upper and third are kept: a permutation of 0, 1, 2
+  T previous;    // while nothing has flipped, the radius before `lower`; negative if there is none
+  T streak;      // probes in a row that moved the same end of the bracket: > 0 upper, < 0 lower
+  T lower_knot;  // where the gaps at lower, upper (or previous) and third are kept: a permutation
   T upper_knot;
   T third_knot;
   T status;  // Status
 };
 
 // The fields by name and in order, for the bindings.
-constexpr const char* kBracketFields[] = {
-    "lower",     "upper",  "prediction", "flipped_to", "margin",     "slope",      "rows",
-    "fallbacks", "budget", "third",      "lower_knot", "upper_knot", "third_knot", "status"};
+constexpr const char* kBracketFields[] = {"lower",      "upper",      "prediction", "flipped_to",
+                                          "margin",     "slope",      "rows",       "fallbacks",
+                                          "budget",     "third",      "previous",   "streak",
+                                          "lower_knot", "upper_knot", "third_knot", "status"};
 constexpr int kFields = sizeof(Bracket<float>) / sizeof(float);
 static_assert(sizeof kBracketFields / sizeof *kBracketFields == kFields, "one name per field");
 
@@ -131,6 +136,7 @@ struct Search {
       row.flipped_to = T(-1);
       row.margin = (top.first - top.second) / params.temperature;
       row.third = T(-1);
+      row.previous = T(-1);
       row.upper_knot = T(1);
       row.third_knot = T(2);
       row.status = T(top.finite ? kActive : kNotFinite);
@@ -183,13 +189,14 @@ struct Search {
       return false;
     }
     const bool flip = top.index != static_cast<int>(row.prediction);
-    // While nothing has flipped the third knot stays at the origin, whose slope is known.
+    // While nothing has flipped the third knot stays at the origin, whose slope is known, and the
+    // upper one is that of `previous`.
     const bool from_origin = row.third < T(0);
     T* slot;
     if (flip) {
       slot = flipped() ? &row.third_knot : &row.upper_knot;
     } else {
-      slot = flipped() || from_origin ? &row.third_knot : &row.lower_knot;
+      slot = flipped() || from_origin ? &row.third_knot : &row.upper_knot;
     }
     T* values = knot(*slot);
     const T own = logits[static_cast<int>(row.prediction)];
@@ -198,11 +205,15 @@ struct Search {
     if (team.rank() == 0) {
       T& end = flip ? row.upper : row.lower;
       T& end_knot = flip ? row.upper_knot : row.lower_knot;
-      if (slot == &row.third_knot) {  // the displaced end becomes the third knot
-        row.third = end;
+      if (flipped()) {
+        const T before = flip ? larger(row.streak, T(0)) : -larger(-row.streak, T(0));
+        row.streak = before + (flip ? T(1) : T(-1));
+      }
+      if (slot != &end_knot) {  // the displaced end becomes the third knot, or `previous`
+        (slot == &row.third_knot ? row.third : row.previous) = end;
         const T displaced = end_knot;
-        end_knot = row.third_knot;
-        row.third_knot = displaced;
+        end_knot = *slot;
+        *slot = displaced;
       }
       end = probe;
       if (flip) row.flipped_to = static_cast<T>(top.index);
@@ -266,10 +277,12 @@ struct Search {
   RAT_HD T crossing(const Team& team) const {
     const T inf = static_cast<T>(INFINITY);
     // The line is drawn through u < v, the knots nearest to the crossing.
-    const bool use_slope = row.third < T(0) || !flipped();
-    const T u = flipped() ? row.lower : T(0);
+    const bool behind = !flipped() && row.previous >= T(0);
+    const bool use_slope = flipped() ? row.third < T(0) : !behind;
+    const T u = flipped() ? row.lower : (behind ? row.previous : T(0));
     const T v = flipped() ? row.upper : row.lower;
-    const T* gap_u = knot(flipped() ? row.lower_knot : row.third_knot);
+    const T knot_behind = behind ? row.upper_knot : row.third_knot;
+    const T* gap_u = knot(flipped() ? row.lower_knot : knot_behind);
     const T* gap_v = knot(flipped() ? row.upper_knot : row.lower_knot);
     const T* gap_w = knot(row.third_knot);  // read only without the slope
     const int y = static_cast<int>(row.prediction);
@@ -372,7 +385,7 @@ struct Search {
     const T forced = rounds - T(kFreeRounds);
     const T low = forced > T(0) ? row.lower * std::exp2(forced) : closing_above();
     const T reach = clamp(estimate / row.lower - T(1), T(0), high / row.lower);
-    estimate *= T(1) + T(rounds > T(1) ? kRestretch : kStretch * reach) * reach;
+    if (row.previous < T(0)) estimate *= T(1) + T(kStretch) * reach * reach;
     for (int i = 0; i <= last; ++i) {
       T radius;
       if (params.bisect) {
@@ -405,17 +418,31 @@ struct Search {
     const T above = closing_above(), below = closing_below();
     const int last = params.probes - 1;
     for (int i = 0; i <= last; ++i) {
-      T offset = T(i) - T(last) / 2;
-      if (last == 0) offset = b - estimate > estimate - a ? T(0.5) : T(-0.5);
-      T radius = estimate * (T(1) + step() * offset);
-      if (last == 0 && estimate <= above) radius = above;
-      if (last == 0 && estimate >= below) radius = below;
+      T radius = estimate * (T(1) + step() * (T(i) - T(last) / 2));
+      if (last == 0) radius = past(estimate, above, below);
       // Once the closing steps from the two ends meet, one probe between them closes the bracket.
       place(i, radius, above < below ? above : midpoint(), above < below ? below : midpoint());
     }
     T worst = larger(bisections(a, probes[0]), bisections(probes[last], b));
     for (int i = 1; i <= last; ++i) worst = larger(worst, bisections(probes[i - 1], probes[i]));
     if (worst > row.budget - T(1)) split(true);
+  }
+
+  // The one probe of a round, so far past the estimate that the bracket closes next.
+  RAT_HD T past(T estimate, T above, T below) const {
+    const T a = row.lower, b = row.upper, half = estimate * step() / T(2);
+    T probe = b - estimate > estimate - a ? estimate + half : estimate - half;
+    if (estimate <= above) probe = above;
+    if (estimate >= below) probe = below;
+    // The third knot is where the end that moved last was before.
+    const bool down = row.streak > T(0);
+    const T last = down ? row.third - b : a - row.third;
+    const T next = down ? b - probe : probe - a;
+    const T streak = std::fabs(row.streak);
+    const bool creeps = next >= T(kCreep) * last || bisections(a, b) > row.budget - T(2);
+    if (streak < T(kPatience) || !creeps) return probe;
+    const T push = next * std::exp2(streak - T(1));
+    return down ? larger(probe - push, midpoint()) : -larger(-probe - push, -midpoint());
   }
 
   RAT_HD static T larger(T a, T b) { return a > b ? a : b; }

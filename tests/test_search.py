@@ -94,6 +94,28 @@ def test_worst_case_and_brackets(shape, flips, slope, classes, rtol, temperature
         torch.testing.assert_close(result.radius, expected, rtol=2 * rtol, atol=EPS_MIN)
 
 
+@pytest.mark.parametrize(
+    ("shape", "slope", "most"),
+    [
+        (lambda u: 1 - u, 1, 3),
+        (lambda u: (1 - u) / (1 + 9 * u), 10, 4),  # straight, but for the common factor
+        (lambda u: 1 - u / 2 - u**4 / 2, 0.5, 6),
+        (lambda u: torch.exp(-2 * u) - math.exp(-2), 2, 6),
+        (lambda u: torch.exp(-5 * u) - math.exp(-5), 5, 10),
+        (lambda u: torch.where(u < 1, 1 - u, 30 * (1 - u)), 1, 10),
+        # Of these one end of the bracket creeps, and would until the budget is spent: 22 rows.
+        (lambda u: (1 - u) * (1 - u).abs().sqrt(), 1.5, 12),
+        (lambda u: math.tanh(3) - torch.tanh(3 * u), 3, 14),
+    ],
+)
+@pytest.mark.parametrize("flip", [0.3, 0.05, 0.005])
+def test_few_rows_where_the_slope_is_that_of_the_ray(shape, slope, most, flip):
+    model, x = OnRay(lambda u: flip * shape(u), slope), rows([flip])
+    result = robust_radius(model, x, rtol=2.0**-12, full=True)
+    assert_bracketed(model, x, result, 2.0**-12)
+    assert result.forward_rows.max() <= most
+
+
 @pytest.mark.parametrize("probes", [1, 2, 8])
 @pytest.mark.parametrize("slope", [1e-20, 1.0, 1e20])
 @pytest.mark.parametrize("value", ["constant", "rising"])
