@@ -285,20 +285,41 @@ def draw(results: dict[str, dict], folder: Path) -> None:
     figure.savefig(folder / "misd-differences.png", dpi=130)
     plt.close(figure)
 
-    figure, axes = plt.subplots(figsize=(8.4, 4.4), layout="constrained")
-    for name, colour in zip(names, plt.cm.viridis(np.linspace(0, 0.95, len(names))), strict=True):
-        axes.plot(
-            EXPONENTS, 1000 * np.array(results[name]["aurc_by_exponent"]), color=colour, label=name
+    figure, (curves, points) = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
+    at_margin = int(np.abs(EXPONENTS).argmin())
+    titles = set()
+    for name, net in results.items():
+        recipe = NETS[name].recipe
+        rat = recipe is not None and recipe.loss == "rat"
+        title = ("RAT" if rat else "plain") + ("" if NETS[name].from_shared else ", from scratch")
+        colour = PALETTE[2] if rat else PALETTE[1]
+        label = None if title in titles else title
+        titles.add(title)
+        aurc = 1000 * np.array(net["aurc_by_exponent"])
+        style = "-" if NETS[name].from_shared else "--"
+        curves.plot(EXPONENTS, aurc - aurc[at_margin], style, color=colour, label=label)
+        slope = net["median_slope"]
+        points.plot(
+            100 * (slope["wrong"] / slope["right"] - 1),
+            1000 * net["scores"]["RR-BS"]["minus_msr"],
+            "o",
+            color=colour,
+            fillstyle="full" if NETS[name].from_shared else "none",
+            label=label,
         )
     for place, text in ((0, "logit margin"), (1, "linear radius")):
-        axes.axvline(place, color="#7b8794", linewidth=1, linestyle=":")
-        axes.annotate(
+        curves.axvline(place, color="#7b8794", linewidth=1, linestyle=":")
+        curves.annotate(
             text, (place, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom"
         )
-    axes.set_xlabel("a in  margin / slope^a")
-    axes.set_ylabel("AURC x1000")
-    axes.legend(frameon=False, fontsize=8, ncols=2)
-    axes.spines[["top", "right"]].set_visible(False)
+    curves.set_xlabel("a in  margin / slope^a")
+    curves.set_ylabel("AURC x1000 minus that of the margin")
+    points.axhline(0, color="#7b8794", linewidth=1)
+    points.set_xlabel("median slope, wrong over right predictions, in % above 1")
+    points.set_ylabel("AURC x1000 of RR-BS minus that of MSR")
+    for axes in (curves, points):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "misd-exponents.png", dpi=130)
     plt.close(figure)
 
