@@ -10,7 +10,8 @@
 // them: with g_j(e) * (1 + c*e) linear in e for every class j, the crossing of each class is the
 // root of a line and the earliest one is the estimate of the radius. c is fitted to the gaps
 // averaged with the softmax weights of the runner-ups: to their slope at 0, which the ray's
-// backward pass gives for free, or, in a bracket, to a third known point.
+// backward pass gives for free, or, once two probes have not flipped or there is a bracket, to a
+// third known point.
 //   - The first probe is the linear estimate margin / slope times kFirstStep: gradients shrink
 //     along the ray, so that the linear estimate falls short. (The margin, not the log-odds: the
 //     latter are negative for a hesitant prediction.)
@@ -67,7 +68,7 @@ struct Bracket {
   T third;       // radius of the third knot; negative if there is none
   T previous;    // while nothing has flipped, the radius before `lower`; negative if there is none
   T streak;      // probes in a row that moved the same end of the bracket: > 0 upper, < 0 lower
-  T lower_knot;  // where the gaps at lower, upper (or previous) and third are kept: a permutation
+  T lower_knot;  // 0, 1, 2 permuted: where the gaps at lower, upper (or previous) and third are
   T upper_knot;
   T third_knot;
   T status;  // Status

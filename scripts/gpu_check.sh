@@ -4,7 +4,7 @@
 #
 #   scripts/gpu_check.sh [--skip-build]
 #
-# PYTHON  a Python with torch, numpy, tqdm, pytest, pybind11 and torchvision (default: python3)
+# PYTHON  a Python with torch, numpy, tqdm, pytest, pybind11, scikit-learn and torchvision (default: python3)
 # OUT     where gpu_check.json, gpu_check.log and gpu_benchmark.json go (default:
 #         benchmarks/results)
 # RAT_EXT_GPU_CHECK_DRY=1 goes through the same steps without a GPU: to test this script.
@@ -95,7 +95,7 @@ if [[ $dry == 1 ]]; then
   device=(true)
   benchmark=(--device cpu --tiny --seconds 0.01)
 else
-  programs="cmake ninja nvcc compute-sanitizer" packages="torch numpy tqdm pytest torchvision"
+  programs="cmake ninja nvcc compute-sanitizer" packages="torch numpy tqdm pytest scikit-learn torchvision"
   sanitizer=(compute-sanitizer --error-exitcode 1 --target-processes all)
   device=("$python" -c 'import rat_ext, sys; info = rat_ext.build_info(); print(info)
 sys.exit(info.cuda_problem)')
