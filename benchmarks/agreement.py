@@ -29,7 +29,7 @@ RTOL = 2.0**-10
 def textbook_radii(model, x, temperature):
     """float32 bisection on the ray that the cross-entropy's gradient gives."""
 
-    def direction(model, x, temperature):
+    def direction(model, x, temperature, *_):
         z = model(x)
         y = z.argmax(1)
         return reference.textbook_direction(model, x, y, temperature), z, y

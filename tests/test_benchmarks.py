@@ -8,10 +8,13 @@ import json
 import sys
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from rat_ext import reference
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TRUE_SEARCHES = ("rat_ext bs", "rat_ext bs 2^-12", "rat_ext bisect", "fixed ray", "textbook")
@@ -212,3 +215,12 @@ def test_slopes_are_those_of_the_log_odds(monkeypatch):
     expected = (weight[y] - others @ weight).abs().sum(1)
     images = misd.datasets.Images(x, torch.zeros(5, dtype=torch.long), ("a", "b", "c"))
     torch.testing.assert_close(misd.slopes(model, images), expected)
+
+
+def test_the_textbook_gradient_is_right_where_it_does_not_cancel(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import agreement
+
+    model, x = helpers.mlp(), helpers.uniform(50, 12)
+    expected = reference.robust_radius(model, x, rtol=agreement.RTOL)
+    torch.testing.assert_close(agreement.textbook_radii(model, x, 1.0), expected)
