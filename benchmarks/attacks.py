@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import rat_ext
 from rat_ext import metrics
-from rat_ext._options import ATTACKS
+from rat_ext.search.attack import ATTACKS
 
 NORMS = {"linf": "L-inf", "l2": "L2"}
 FGSM = {"linf": "fgsm", "l2": "fgsm_l2"}

@@ -17,7 +17,7 @@ from common import load_model, load_test_images, shared_folder
 from torch.utils.data import DataLoader, TensorDataset
 
 from rat_ext import Cascade, Detector, scores
-from rat_ext.cascade import own
+from rat_ext.scores.cascade import own
 
 
 def tested(detector, x, target, batch_size):

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import rat_ext
 from rat_ext import RadiusEstimator, models, reference, robust_radius
-from rat_ext._build import core
+from rat_ext._core import core
 
 RTOL = 1e-2
 COMPILED = ("resnet18",)  # compiling the others takes minutes

@@ -23,8 +23,9 @@ from common import load_model, shared_folder
 from tqdm.auto import tqdm
 
 from rat_ext import datasets, metrics, models, scores
-from rat_ext._model import logits_of, undisturbed
-from rat_ext.training import Recipe, replace, train
+from rat_ext._common.storage import write_whole
+from rat_ext._common.user_model import logits_of, undisturbed
+from rat_ext.training import Recipe, train
 
 HERE = Path(__file__).resolve().parent
 COMMON = {"batch_size": 128, "weight_decay": 5e-4, "bf16": True}
@@ -256,7 +257,7 @@ def draw(results: dict[str, dict], folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from rat_ext.report import PALETTE
+    from rat_ext.reports import PALETTE
 
     names = list(results)
     figure, axes = plt.subplots(figsize=(8.4, 1.2 + 0.36 * len(names)), layout="constrained")
@@ -347,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
         results[name] = measured(name, model, arguments)
         content = json.dumps({"settings": settings, "result": results[name]}, indent=1)
         arguments.work.mkdir(parents=True, exist_ok=True)
-        replace(record, lambda path, content=content: path.write_text(content))
+        write_whole(record, lambda path, content=content: path.write_text(content))
         print(printed({name: results[name]}), flush=True)
 
     content = {

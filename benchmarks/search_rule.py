@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import rat_ext
 from rat_ext import reference
-from rat_ext._options import Options
+from rat_ext.search.options import Options
 
 TOLERANCES = (1e-2, 2.0**-12)
 

@@ -6,19 +6,21 @@ Misclassification Detection Ability without Extra Data" (arXiv 2503.14783).
 """
 
 from . import attacks, metrics, radius_scores, reference, scores
-from ._build import BuildInfo, __version__, build_info
-from .cascade import Cascade
+from ._build_info import BuildInfo, build_info
+from ._core import __version__
 from .detector import Decision, Detector
-from .estimator import RadiusEstimator
-from .loss import RATLoss, RATLossOutput
 from .radius import (
     LoaderRadii,
+    RadiusEstimator,
+    RadiusResult,
+    RadiusShards,
+    SearchReport,
     robust_radii,
     robust_radius,
     temperature_sweep,
 )
-from .result import RadiusResult, SearchReport
-from .shards import RadiusShards
+from .scores import Cascade
+from .training import RATLoss, RATLossOutput
 
 __all__ = [
     "BuildInfo",

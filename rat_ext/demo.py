@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import _build, datasets, metrics, models, report, scores, training
-from .radius_scores import RRBS, RRFast
+from . import datasets, metrics, models, reports, scores, training
+from ._core import __version__
+from .scores import RRBS, RRFast
 
 TRAININGS = {"ce": "plain", "rat": "RAT"}
 SCORES = {"msr": "MSR", "rr-fast": "RR-Fast", "rr-bs": "RR-BS"}
@@ -145,7 +146,7 @@ def of(outcomes: Sequence[Outcome], loss: str) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.loss == loss]
 
 
-def table(outcomes: Sequence[Outcome]) -> report.Table:
+def table(outcomes: Sequence[Outcome]) -> reports.Table:
     """Means and standard deviations over the seeds."""
     nets = [(loss, score) for loss in TRAININGS for score in SCORES]
     columns = []
@@ -154,17 +155,17 @@ def table(outcomes: Sequence[Outcome]) -> report.Table:
             [scale * outcome.metrics[score][metric] for outcome in of(outcomes, loss)]
             for loss, score in nets
         ]
-        columns.append(report.with_best(list(map(report.over_runs, runs)), larger_is_better))
+        columns.append(reports.with_best(list(map(reports.over_runs, runs)), larger_is_better))
     costs = [
         [outcome.forward_rows[score] for outcome in of(outcomes, loss)] for loss, score in nets
     ]
-    columns.append([report.Cell(float(np.mean(cost)), digits=1) for cost in costs])
+    columns.append([reports.Cell(float(np.mean(cost)), digits=1) for cost in costs])
     rows = [
         [TRAININGS[loss], SCORES[score], *(column[i] for column in columns)]
         for i, (loss, score) in enumerate(nets)
     ]
     seeds = len(of(outcomes, "ce"))
-    return report.Table(
+    return reports.Table(
         ["training", "score", "accuracy %", "AURC x1000", "AUROC %", "FPR@95TPR %", "forward rows"],
         rows,
         f"Mean{' ± standard deviation' if seeds > 1 else ''} over {seeds} "
@@ -195,13 +196,13 @@ def write(settings: Settings, outcomes: Sequence[Outcome], seconds: float, out: 
     results = _json(settings, outcomes, seconds)
     (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     (out / "index.html").write_text(_page(settings, outcomes, seconds), encoding="utf-8")
-    figure = report.draw(_panels(outcomes)[1:], (9.6, 3.6), ink="#1d2733")
+    figure = reports.draw(_panels(outcomes)[1:], (9.6, 3.6), ink="#1d2733")
     figure.savefig(out / "overview.png", dpi=110, facecolor="white")
 
 
 def _json(settings: Settings, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
     return {
-        "rat_ext": _build.__version__,
+        "rat_ext": __version__,
         "torch": torch.__version__,
         "settings": asdict(settings),
         "recipe": asdict(settings.recipe("rat", settings.seeds[0])),
@@ -244,12 +245,12 @@ def _panels(outcomes: Sequence[Outcome]) -> list[Any]:
 
     def histogram(loss: str) -> Any:
         title = f"Radii (RR-BS), {TRAININGS[loss]} training"
-        return lambda axes: report.radius_histogram(axes, *pooled[loss], title, end)
+        return lambda axes: reports.radius_histogram(axes, *pooled[loss], title, end)
 
     return [
         histogram("ce"),
         histogram("rat"),
-        lambda axes: report.risk_coverage(axes, curves),
+        lambda axes: reports.risk_coverage(axes, curves),
     ]
 
 
@@ -258,7 +259,7 @@ def _page(settings: Settings, outcomes: Sequence[Outcome], seconds: float) -> st
     panels = _panels(outcomes)
     shown = of(outcomes, "rat")[0]
     infinite = sum(int(np.isinf(outcome.confidence["rr-bs"]).sum()) for outcome in outcomes)
-    return report.page(
+    return reports.page(
         "Catching wrong predictions by their robust radius",
         [
             '<p class="lead">A prediction close to the decision boundary is a doubtful one. Here a '
@@ -268,7 +269,7 @@ def _page(settings: Settings, outcomes: Sequence[Outcome], seconds: float) -> st
             "<h2>Scores</h2>",
             table(outcomes).html(),
             "<h2>How to read it</h2>",
-            report.definitions(
+            reports.definitions(
                 {
                     "accuracy": "Share of right predictions, without rejecting any.",
                     "AURC": "Area under the risk-coverage curve, times 1000: the error rate among "
@@ -287,15 +288,15 @@ def _page(settings: Settings, outcomes: Sequence[Outcome], seconds: float) -> st
                 }
             ),
             "<h2>Risk and coverage</h2>",
-            report.html_figure(
-                report.draw(panels[2:], (9.2, 3.9)),
+            reports.html_figure(
+                reports.draw(panels[2:], (9.2, 3.9)),
                 "Risk-coverage curves of both trainings with MSR and RR-BS",
                 "The error rate (risk) among the predictions that are accepted, most trusted "
                 f"first. Mean{' and standard deviation' if seeds > 1 else ''} over the seeds.",
             ),
             "<h2>Radii of right and wrong predictions</h2>",
-            report.html_figure(
-                report.draw(panels[:2], (9.2, 3.5)),
+            reports.html_figure(
+                reports.draw(panels[:2], (9.2, 3.5)),
                 "Histograms of the robust radii of right and wrong predictions",
                 "All seeds together. The less the two kinds overlap, the better the radius tells "
                 "them apart. The largest 0.5 % of the radii are in the last bin. Left out, because "
@@ -304,9 +305,9 @@ def _page(settings: Settings, outcomes: Sequence[Outcome], seconds: float) -> st
             "<h2>The most doubtful images</h2>",
             f"<p>The {SHOWN_IMAGES} test images of smallest radius (RR-BS, RAT training, seed "
             f"{shown.seed}). Wrong predictions have a frame.</p>",
-            report.gallery(_most_doubtful(shown)),
+            reports.gallery(_most_doubtful(shown)),
             "<h2>How it was made</h2>",
-            f'<p class="soft">rat_ext {_build.__version__}, torch {torch.__version__}, '
+            f'<p class="soft">rat_ext {__version__}, torch {torch.__version__}, '
             f"{seconds:.0f} s. scikit-learn's digits, 8x8 pixels: for each seed another random "
             f"split with {settings.train_size} images to train on, and another initial network, "
             f"the same for both trainings. {settings.epochs} epochs of AdamW; RAT with eps "
@@ -318,13 +319,13 @@ def _page(settings: Settings, outcomes: Sequence[Outcome], seconds: float) -> st
     )
 
 
-def _most_doubtful(outcome: Outcome) -> list[report.Picture]:
+def _most_doubtful(outcome: Outcome) -> list[reports.Picture]:
     radius, classes = outcome.confidence["rr-bs"], outcome.images.classes
     pictures = []
     for i in np.argsort(radius, kind="stable")[:SHOWN_IMAGES]:
         x, target = outcome.images[int(i)]
         pictures.append(
-            report.Picture(
+            reports.Picture(
                 pixels=x.numpy(),
                 heading=f"predicted {classes[outcome.prediction[i]]}",
                 lines=[f"true {classes[int(target)]}", f"radius {radius[i]:.4f}"],

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._model import check_device, logits_of, undisturbed
-from ._options import WIDE, Options
-from .radius import checked_input
+from ._common.user_model import check_device, logits_of, undisturbed
+from .search.options import WIDE, Options
+from .search.tensors import checked_input
 
 
 def export_radius(

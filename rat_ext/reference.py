@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._model import Model, check_device, logits_of, undisturbed, warn_not_finite
-from ._options import WIDE, Options, bounds_error
-from .result import RadiusResult, concatenate
+from ._common.user_model import Model, check_device, logits_of, undisturbed, warn_not_finite
+from .search.options import WIDE, Options, bounds_error
+from .search.result import RadiusResult, concatenate
 
 FIRST_STEP = 1e-6
 """The first radius that RR-BS probes, as a share of eps_max."""

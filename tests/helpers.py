@@ -1,4 +1,4 @@
-"""Small models that the tests share."""
+"""Small models, and comparisons of results, that the tests share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+
+from rat_ext import RadiusResult
+
+FIELDS = ["radius", "lower", "upper", "found", "prediction", "flipped_to"]
 
 
 class RowExact(nn.Module):
@@ -70,3 +74,12 @@ class WithLogits(nn.Module):
 
     def forward(self, x: Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=self.model(x))
+
+
+def assert_identical(a: RadiusResult, b: RadiusResult, rows_too: bool = True) -> None:
+    """To the bit, and with `rows_too` what they cost as well."""
+    costs = ["forward_rows", "fallbacks", "worst_case_rows"] if rows_too else []
+    for name in FIELDS + costs:
+        torch.testing.assert_close(
+            getattr(a, name), getattr(b, name), rtol=0, atol=0, equal_nan=True, msg=name
+        )

@@ -21,7 +21,7 @@ from elftools.elf.elffile import ELFFile
 from setuptools.errors import SetupError
 
 import rat_ext
-from rat_ext import _build
+from rat_ext import _build_info, _core
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = f"_C{EXTENSION_SUFFIXES[0]}"
@@ -78,7 +78,7 @@ def test_wheel_holds_the_package_and_nothing_else(installed: Distribution) -> No
 
 
 def test_version_is_that_of_the_distribution(installed: Distribution) -> None:
-    assert _build.__version__ == installed.version
+    assert _core.__version__ == installed.version
 
 
 def test_sdist_holds_what_the_build_needs(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_sdist_holds_what_the_build_needs(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files")
 def test_core_links_no_torch_and_no_shared_cudart() -> None:
-    with open(_build.core.__file__, "rb") as file:
+    with open(_core.core.__file__, "rb") as file:
         elf = ELFFile(file)
         tags = list(elf.get_section_by_name(".dynamic").iter_tags("DT_NEEDED"))
         needed = {tag.needed for tag in tags}
@@ -160,8 +160,8 @@ def test_missing_core_is_explained(tmp_path: Path, files: list[str], expected: s
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    shutil.copy(_build.__file__, tmp_path / "rat_ext")
-    result = run_python("import rat_ext._build", tmp_path, PYTHONPATH="")
+    shutil.copy(_core.__file__, tmp_path / "rat_ext")
+    result = run_python("import rat_ext._core", tmp_path, PYTHONPATH="")
     assert result.returncode == 1
     message = result.stderr[result.stderr.rindex("ImportError: ") :]
     assert expected in message
@@ -173,14 +173,14 @@ def test_missing_core_is_explained(tmp_path: Path, files: list[str], expected: s
 
 
 def test_build_info_is_consistent() -> None:
-    info = _build.build_info()
+    info = _build_info.build_info()
     assert (info.cuda is None) == (info.cuda_archs == ()) == (info.cuda_reason is not None)
     assert all(re.fullmatch(r"(sm|compute)_\d+[af]?", arch) for arch in info.cuda_archs)
     assert info.torch == torch.__version__
     assert len(info.devices) == (torch.cuda.device_count() if torch.version.cuda else 0)
     if info.cuda is None or not info.devices:
         assert not info.cuda_usable
-    text = _build.format_build_info(info)
+    text = _build_info.format_build_info(info)
     for part in (info.version, info.compiler, info.build_type, info.torch, *info.devices):
         assert part in text
     assert (info.cuda or info.cuda_reason) in text
@@ -205,7 +205,7 @@ def test_build_info_is_consistent() -> None:
     ],
 )
 def test_architectures_cover_a_gpu(archs: str, capability: tuple[int, int], runs: bool) -> None:
-    problem = _build._device_problem("GPU", capability, tuple(archs.split()), (13, 0), (13, 0))
+    problem = _build_info._device_problem("GPU", capability, tuple(archs.split()), (13, 0), (13, 0))
     if runs:
         assert problem is None
     else:
@@ -217,7 +217,7 @@ def test_architectures_cover_a_gpu(archs: str, capability: tuple[int, int], runs
 def test_driver_must_know_the_cuda_version() -> None:
     def problem(capability: tuple[int, int], driver: tuple[int, int]) -> str | None:
         archs = ("sm_80", "compute_90")
-        return _build._device_problem("GPU", capability, archs, (12, 8), driver)
+        return _build_info._device_problem("GPU", capability, archs, (12, 8), driver)
 
     assert "driver supports CUDA 11.8" in problem((8, 0), driver=(11, 8))
     assert problem((8, 0), driver=(12, 2)) is None  # machine code runs within a major version

@@ -26,8 +26,9 @@ from elftools.elf.elffile import ELFFile
 from helpers import RowExact, uniform
 
 import rat_ext
-from rat_ext import _build, radius
-from rat_ext._build import core
+from rat_ext import _build_info, _core
+from rat_ext._core import core
+from rat_ext.search import bracket_search, tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = test_core.DTYPES
@@ -46,7 +47,7 @@ def on_host() -> ModuleType:
     cmake = shutil.which("cmake", path=path)
     if cmake is None or shutil.which("ninja", path=path) is None:
         pytest.skip("building the host build needs cmake and ninja")
-    sanitize = "sanitizers" in _build.build_info().build_type
+    sanitize = "sanitizers" in _build_info.build_info().build_type
     name = "on-host-sanitized" if sanitize else "on-host"
     build = ROOT / "build" / f"{name}-{sys.implementation.cache_tag}"
     options = ["-DRAT_EXT_CUDA=OFF", "-DRAT_EXT_KERNELS_ON_HOST=ON", "-DRAT_EXT_WERROR=ON"]
@@ -204,7 +205,8 @@ def test_the_order_of_threads_changes_no_bit(classes, on_host):
 def test_a_whole_search_on_the_kernels(options, dtype, on_host, monkeypatch):
     model, x = RowExact(), uniform(7, 12, dtype=dtype)
     expected = rat_ext.robust_radius(model, x, full=True, **options)
-    monkeypatch.setattr(radius, "core", on_host)
+    for module in (bracket_search, tensors):
+        monkeypatch.setattr(module, "core", on_host)
     actual = rat_ext.robust_radius(model, x, full=True, **options)
     assert torch.equal(actual.found, expected.found)
     assert torch.equal(actual.prediction, expected.prediction)
@@ -279,11 +281,11 @@ def fat_binaries(library: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def test_every_kernel_is_built_for_every_architecture():
-    archs = _build.build_info().cuda_archs
+    archs = _build_info.build_info().cuda_archs
     if not archs:
         pytest.skip("the core was built without CUDA")
     found: dict[str, set[str]] = {}
-    for arch, code in fat_binaries(Path(_build.core.__file__)):
+    for arch, code in fat_binaries(Path(_core.core.__file__)):
         names = found.setdefault(arch, set())
         if arch.startswith("compute"):
             continue  # PTX is kept compressed

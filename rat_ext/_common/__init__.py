@@ -1,0 +1,1 @@
+"""What every floor stands on: running a user's model undisturbed, their loaders, files on disk."""

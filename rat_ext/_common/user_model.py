@@ -1,0 +1,95 @@
+"""Calling a user's model without leaving a trace: its modes, its RNG and its outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    pass
+
+
+Model = Callable[[Tensor], Any]
+
+
+@contextlib.contextmanager
+def undisturbed(model: Model, device: torch.device) -> Iterator[None]:
+    """Run the model in eval mode, then put back every module's mode and the random state."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    training = [module for module in modules if module.training]
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            # Set flag by flag rather than by eval(), which a model may override with side effects.
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def logits_of(output: Any, rows: int) -> Tensor:
+    """The (rows, classes) logits in a model's output: a tensor, or an object with ``.logits``."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the model returned {type(output).__name__}; expected a tensor of logits or an object "
+            "with a .logits tensor. Wrap the model so that it returns its logits, for example "
+            "lambda x: model(x)[0]"
+        )
+    if logits.ndim != 2 or logits.shape[0] != rows or logits.shape[1] < 2:
+        raise ValueError(
+            f"the model returned logits of shape {tuple(logits.shape)} for {rows} inputs; expected "
+            f"({rows}, classes) with at least 2 classes. A single-logit model can return "
+            "torch.cat([-z, z], 1) / 2"
+        )
+    if not logits.is_floating_point():
+        raise TypeError(f"the model returned {logits.dtype}; expected floating-point logits")
+    return logits
+
+
+def check_device(model: Model, x: Tensor) -> None:
+    """Raise if the model's parameters are all on other devices than x."""
+    if not isinstance(model, nn.Module):
+        return
+    devices = {p.device for p in model.parameters()}
+    if devices and x.device not in devices:
+        where = ", ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"x is on {x.device} but the model is on {where}; move one of them, for example "
+            f"x.to('{where.split(', ')[0]}')"
+        )
+
+
+def warn_not_finite(radius: Tensor, stacklevel: int) -> None:
+    """One warning for all the rows whose radius is nan, if there are any.
+
+    `stacklevel` is that of `warnings.warn`, counted from the caller.
+    """
+    bad = int(radius.isnan().sum())
+    if bad:
+        warnings.warn(
+            f"{bad} of {len(radius)} rows have inputs, logits or gradients that are not finite; "
+            "their radius is nan",
+            RuntimeWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float64, in which the softmax of a confident prediction is not yet 1."""
+    return logits.float() if logits.device.type == "mps" else logits.double()
+
+
+@contextlib.contextmanager
+def left_alone(model: Model, x: Tensor) -> Iterator[None]:
+    """Run the model on x without a graph, and leave it as it was."""
+    check_device(model, x)
+    with torch.inference_mode(False), torch.no_grad(), undisturbed(model, x.device):
+        yield

@@ -1,0 +1,121 @@
+"""Projected gradient descent at each radius that the search probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .._common.user_model import Model, logits_of
+from .._core import core
+from ..search.bracket_search import Search
+from ..search.result import RadiusResult
+from ..search.tensors import differentiable_logits
+from .rays import length, like_rows, steepest
+
+PGD_STEPS = 10
+PGD_STEP_SIZE = 2.5
+"""Of all steps together, in radii: Madry et al. take 2.5 * eps / steps, to reach the ball's edge
+from anywhere in it."""
+
+
+class PGDSearch(Search):
+    """Searches whose probe of a radius is PGD in the ball of that radius, on all rows of `ray`.
+
+    Gradients are those of the log-odds, as for the FGSM ray: right where the model is confident. A
+    row starts in the direction in which its last probe ended, at first that of the ray, and leaves
+    as soon as its prediction has changed. Only in its first probe, at the radius that the ray gave,
+    it takes all the steps: how deep they lead into another class tells how much too far that is.
+    """
+
+    def __init__(self, ray: Search, start: Sequence[Tensor]) -> None:
+        classes = ray.gaps.shape[1] // core.KNOTS
+        super().__init__(ray.x, classes, ray.options)
+        for now, then in zip(self.tensors, start, strict=True):
+            now.copy_(then)
+        at_x = self.gaps[:, :classes].scatter(1, self.predicted(slice(None))[:, None], math.inf)
+        self.runner_up = at_x.argmin(1)
+        found = ray.column("status") == core.FOUND
+        self.probes[:, 0] = ray.column("upper").where(found, self.probes[:, 0])
+        self.direction = ray.direction.to(self.probes.dtype)
+        self.steps = ray.options.steps or PGD_STEPS
+        self.forwards, self.backwards = torch.zeros(
+            2, len(ray.x), dtype=torch.int64, device=ray.x.device
+        )
+
+    def logits_at(
+        self, model: Model, index: Tensor, radii: Tensor, points: Tensor, count: Tensor
+    ) -> Tensor:
+        low, high, norm = self.options.low, self.options.high, self.options.norm
+        rows = index.long()
+        x, y = self.x[rows].to(radii.dtype), self.predicted(rows)
+        eps = like_rows(radii[rows, 0], x)
+        first = self.column("rows")[rows] == 0
+        point = (x + eps * self.direction[rows]).clamp_(low, high)
+        best, best_margin = point.clone(), radii.new_full((len(rows),), math.inf)
+        best_logits = self.gaps.new_empty(len(rows), self.gaps.shape[1] // core.KNOTS)
+        left = torch.arange(len(rows), device=rows.device)  # the rows that go on, and their points
+        for step in range(self.steps + 1):
+            self.forwards[rows[left]] += 1
+            leaf, logits = self._forward(model, point, with_graph=step < self.steps)
+            z = logits.detach().to(radii.dtype)
+            margin = _margin(z, y[left])
+            deeper = ~(margin >= best_margin[left])  # also where it is not finite
+            at = left[deeper]
+            best_margin[at], best_logits[at], best[at] = margin[deeper], z[deeper], point[deeper]
+            if step == self.steps:
+                break
+            self.backwards[rows[left]] += 1
+            seed = self._seed(z, y[left], self.runner_up[rows[left]])
+            (gradient,) = torch.autograd.grad(logits, leaf, seed.to(logits.dtype))
+            going = (z.argmax(1) == y[left]) | first[left]
+            going &= margin.isfinite()
+            left, point, gradient = left[going], point[going], gradient[going].to(point.dtype)
+            if not len(left):
+                break
+            size = eps[left] * (PGD_STEP_SIZE / self.steps)
+            moved = point + size * steepest(gradient, norm) - x[left]
+            point = (x[left] + _project(moved, eps[left], norm)).clamp_(low, high)
+        self.direction[rows] = (best - x) / eps
+        return best_logits
+
+    def _forward(self, model: Model, point: Tensor, with_graph: bool) -> tuple[Tensor, Tensor]:
+        point = point.to(self.x.dtype)
+        if with_graph:
+            return differentiable_logits(model, point)
+        return point, logits_of(model(point), len(point))
+
+    def _seed(self, logits: Tensor, y: Tensor, runner_up: Tensor) -> Tensor:
+        """Gradient in the logits of what the attack lets rise: another class against y."""
+        if self.options.target:
+            seed = torch.zeros_like(logits).scatter_(1, runner_up[:, None], 1)
+            return seed.scatter_(1, y[:, None], -1)
+        others = logits.scatter(1, y[:, None], -math.inf) / self.options.temperature
+        return others.softmax(1).scatter_(1, y[:, None], -1)
+
+    def result(self, rows: int | None = None) -> RadiusResult:
+        result = super().result(rows)
+        return replace(
+            result,
+            forward_rows=self.forwards[:rows],
+            backward_rows=self.backwards[:rows],
+            worst_case_rows=result.worst_case_rows * (self.steps + 1),
+        )
+
+
+def _margin(logits: Tensor, y: Tensor) -> Tensor:
+    """(N,) z_y minus the largest other logit; nan where a logit is not finite."""
+    others = logits.scatter(1, y[:, None], -math.inf).amax(1)
+    margin = logits.gather(1, y[:, None]).squeeze(1) - others
+    return margin.where(logits.isfinite().all(1), math.nan)
+
+
+def _project(steps: Tensor, eps: Tensor, norm: str) -> Tensor:
+    """The nearest steps (N, ...) of norm eps or less."""
+    if norm == "linf":
+        return steps.clamp(-eps, eps)
+    tiny = torch.finfo(steps.dtype).tiny
+    return steps * (eps / like_rows(length(steps, norm), steps).clamp_min(tiny)).clamp_max(1)

@@ -1,0 +1,16 @@
+"""rat-ext info"""
+
+from __future__ import annotations
+
+import argparse
+
+from .._build_info import format_build_info
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("info", help="what was built and what is usable here")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    print(format_build_info())

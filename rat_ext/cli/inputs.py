@@ -1,0 +1,139 @@
+"""What several commands take: data, a device, a model; and the options for them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import datasets, models
+from ..datasets import batches
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of a description as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_fields(group: argparse._ArgumentGroup, settings: type, helps: dict[str, str]) -> None:
+    """An option for each field of a dataclass."""
+    for field in fields(settings):
+        flag, text = f"--{field.name.replace('_', '-')}", helps[field.name]
+        if isinstance(field.default, bool):
+            group.add_argument(flag, action="store_true", help=text)
+        else:
+            group.add_argument(flag, type=type(field.default), default=field.default, help=text)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="digits, cifar10, cifar100, svhn, imagenet, cifar10-c:fog:3, cifar100-c:fog:3, "
+        "imagenet-c:fog:3, folder:PATH or npz:PATH",
+    )
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of data sets")
+    parser.add_argument(
+        "--download", action="store_true", help="let torchvision download the data set"
+    )
+    parser.add_argument("--limit", type=int, help="use only the first images")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: one for each core)")
+
+
+def add_model(parser: argparse.ArgumentParser, required: bool) -> None:
+    where = "" if required else " (default: that of the checkpoint)"
+    parser.add_argument(
+        "--model",
+        required=required,
+        help="digits-cnn, resnet20, resnet56, resnet110, wrn-28-10, torchvision:NAME, timm:NAME or "
+        f"MODULE:FUNCTION, a function from the number of classes to the model{where}",
+    )
+    parser.add_argument(
+        "--pretrained", action="store_true", help="weights of torchvision or timm to begin with"
+    )
+
+
+def add_classifier(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, help="weights of the model")
+    add_model(parser, required=False)
+
+
+def model_name(options: argparse.Namespace) -> str:
+    if options.checkpoint is None and not options.pretrained:
+        raise ValueError("give the --checkpoint of the model, or --pretrained")
+    name = options.model or (models.name_in(options.checkpoint) if options.checkpoint else None)
+    if name is None:
+        raise ValueError("the checkpoint does not name its model: give --model")
+    return name
+
+
+def load_classifier(options: argparse.Namespace, num_classes: int) -> tuple[str, torch.nn.Module]:
+    """The name of the trained model that was asked for, and the model."""
+    name = model_name(options)
+    model = models.create(name, num_classes, pretrained=options.pretrained)
+    if options.checkpoint is not None:
+        models.load_weights(model, options.checkpoint)
+    return name, model.eval()
+
+
+def make_loader(options: argparse.Namespace, data: Any, device: torch.device) -> Any:
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size is {options.batch_size}; it must be at least 1")
+    parts = [part.tolist() for part in torch.arange(len(data)).split(options.batch_size)]
+    return batches(data, parts, options.workers, device)
+
+
+def load_data(options: argparse.Namespace, split: str) -> Any:
+    data = datasets.load(options.data, split, options.root, download=options.download)
+    skip = getattr(options, "skip", 0)
+    if not 0 <= skip < len(data):
+        raise ValueError(f"skip is {skip}; it must be from 0 to {len(data) - 1}")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"limit is {options.limit}; it must be at least 1")
+    if skip or options.limit is not None:
+        data = datasets.first(data, options.limit or len(data), skip)
+    return data
+
+
+@contextlib.contextmanager
+def use_device(options: argparse.Namespace) -> Iterator[tuple[torch.device, int]]:
+    """The device of this process, and its rank under torchrun (else 0)."""
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"threads is {options.threads}; it must be at least 1")
+        torch.set_num_threads(options.threads)
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; expected cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is usable here (see rat-ext info); use --device cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device, 0
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device, dist.get_rank()
+    finally:
+        dist.destroy_process_group()

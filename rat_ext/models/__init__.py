@@ -1,0 +1,34 @@
+"""Classifiers by name, with the normalisation inside, so that radii are in the units of pixels."""
+
+from .architectures import CifarResNet, DigitsCNN, Normalized, WideResNet
+from .by_name import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    DIGITS_MEAN,
+    DIGITS_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    create,
+    input_size,
+    names,
+)
+from .checkpoint import classes_in, load_weights, name_in
+
+__all__ = [
+    "CIFAR_MEAN",
+    "CIFAR_STD",
+    "DIGITS_MEAN",
+    "DIGITS_STD",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "CifarResNet",
+    "DigitsCNN",
+    "Normalized",
+    "WideResNet",
+    "classes_in",
+    "create",
+    "input_size",
+    "load_weights",
+    "name_in",
+    "names",
+]

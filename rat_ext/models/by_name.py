@@ -1,0 +1,135 @@
+"""Classifiers by name, with the normalisation inside, so that radii are in the units of pixels."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .architectures import CifarResNet, DigitsCNN, Normalized, WideResNet
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+DIGITS_MEAN, DIGITS_STD = (0.305,), (0.376,)
+
+
+_BUILT_IN: dict[str, tuple[Callable[[int], nn.Module], Sequence[float], Sequence[float]]] = {
+    "digits-cnn": (DigitsCNN, DIGITS_MEAN, DIGITS_STD),
+    "resnet20": (lambda classes: CifarResNet(20, classes), CIFAR_MEAN, CIFAR_STD),
+    "resnet56": (lambda classes: CifarResNet(56, classes), CIFAR_MEAN, CIFAR_STD),
+    "resnet110": (lambda classes: CifarResNet(110, classes), CIFAR_MEAN, CIFAR_STD),
+    "wrn-28-10": (lambda classes: WideResNet(28, 10, classes), CIFAR_MEAN, CIFAR_STD),
+}
+
+
+def names() -> list[str]:
+    """The built-in models."""
+    return list(_BUILT_IN)
+
+
+def create(
+    name: str,
+    num_classes: int = 10,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    pretrained: bool = False,
+) -> nn.Module:
+    """A classifier of pixels in [0, 1] by name.
+
+    Args:
+        name: a built-in one (see `names`); "torchvision:NAME" or "timm:NAME"; or "module:function",
+            called with num_classes, which returns a module that normalises its input itself, or
+            does not need to.
+        num_classes: number of logits.
+        mean: of each channel, subtracted in front of the network; default that of the training
+            data that the name stands for.
+        std: likewise.
+        pretrained: with the library's weights; torchvision and timm only, and num_classes must be
+            theirs.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be had like this.
+        ImportError: the library of the model is not installed.
+    """
+    library, _, member = name.partition(":")
+    if library in ("torchvision", "timm") and member:
+        build = _torchvision if library == "torchvision" else _timm
+        network, default_mean, default_std = build(member, num_classes, pretrained)
+        return Normalized(network, mean or default_mean, std or default_std)
+    if pretrained:
+        raise ValueError(f"{name} has no pretrained weights here; load a checkpoint instead")
+    if member:
+        network = _user_function(library, member)(num_classes)
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"{name} returned a {type(network).__name__}; expected an nn.Module")
+        return Normalized(network, mean, std) if mean and std else network
+    if name not in _BUILT_IN:
+        raise ValueError(
+            f"no model is named {name!r}; there are {', '.join(names())}, torchvision:NAME, "
+            "timm:NAME and module:function"
+        )
+    build_network, default_mean, default_std = _BUILT_IN[name]
+    return Normalized(build_network(num_classes), mean or default_mean, std or default_std)
+
+
+def input_size(name: str) -> tuple[int, ...] | None:
+    """The shape (C, H, W) of the images that a built-in model is for; None for others."""
+    if name == "digits-cnn":
+        return (1, 8, 8)
+    return (3, 32, 32) if name in _BUILT_IN else None
+
+
+def _torchvision(
+    name: str, num_classes: int, pretrained: bool
+) -> tuple[nn.Module, Sequence[float], Sequence[float]]:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ImportError(
+            f"torchvision:{name} needs torchvision: pip install torchvision"
+        ) from error
+    if name not in models.list_models(module=models):
+        raise ValueError(f"torchvision has no classifier named {name!r}")
+    weights = models.get_model_weights(name).DEFAULT if pretrained else None
+    _check_pretrained(name, num_classes, len(weights.meta["categories"]) if weights else None)
+    network = models.get_model(name, weights=weights, num_classes=num_classes)
+    preset = weights.transforms() if weights else None
+    return (
+        network,
+        getattr(preset, "mean", IMAGENET_MEAN),
+        getattr(preset, "std", IMAGENET_STD),
+    )
+
+
+def _timm(
+    name: str, num_classes: int, pretrained: bool
+) -> tuple[nn.Module, Sequence[float], Sequence[float]]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"timm:{name} needs timm: pip install timm") from error
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model named {name!r}")
+    own_classes = timm.get_pretrained_cfg_value(name, "num_classes") if pretrained else None
+    _check_pretrained(name, num_classes, own_classes)
+    network = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    config = network.pretrained_cfg
+    return network, config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+
+
+def _check_pretrained(name: str, num_classes: int, own_classes: int | None) -> None:
+    if own_classes not in (None, num_classes):
+        raise ValueError(
+            f"the pretrained {name} has {own_classes} classes, not {num_classes}; train it without "
+            "pretrained weights, or use its own data set"
+        )
+
+
+def _user_function(module: str, function: str) -> Callable[[int], Any]:
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import the model {module}:{function}: {error}") from error

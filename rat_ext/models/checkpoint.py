@@ -1,0 +1,99 @@
+"""Reading weights, and what is written beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._common.storage import unwrapped
+from .architectures import Normalized
+
+
+def name_in(path: str | Path) -> str | None:
+    """The name of the model that a checkpoint of ``rat-ext train`` is of; None for others.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint.
+    """
+    content = _read(Path(path))
+    name = content.get("model") if isinstance(content, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def classes_in(path: str | Path) -> tuple[str, ...] | None:
+    """The names of the classes in a checkpoint of ``rat-ext train``; None for others.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint.
+    """
+    content = _read(Path(path))
+    classes = content.get("classes") if isinstance(content, Mapping) else None
+    return tuple(map(str, classes)) if isinstance(classes, list) else None
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint, in one of the common layouts, into the model.
+
+    The file is a state dict, or a dict with one under "state_dict", "model_state_dict" or "model",
+    saved by torch.save (read with ``weights_only=True``) or as .safetensors. The prefixes of
+    DistributedDataParallel and torch.compile are dropped. Weights of the bare network are loaded
+    behind the normalisation of a `Normalized` model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint, or not of this model.
+    """
+    path = Path(path)
+    state = _state_dict(path)
+    expected = model.state_dict().keys()
+    if isinstance(model, Normalized) and not state.keys() & expected:
+        state = {f"m.{key}": value for key, value in state.items()}
+        state.update(mean=model.mean, std=model.std)
+    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not fit {type(getattr(model, 'm', model)).__name__}: {_some(missing)} "
+            f"missing, {_some(unexpected)} unexpected. Is it of another model?"
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError("reading .safetensors needs: pip install safetensors") from error
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, unpickling ones among them
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason}") from error
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    state = _read(path)
+    if isinstance(state, Mapping):
+        for key in ("state_dict", "model_state_dict", "model"):
+            if isinstance(state.get(key), Mapping):
+                state = state[key]
+                break
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state dict")
+    return unwrapped(state)
+
+
+def _some(keys: list[str]) -> str:
+    return f"{len(keys)} keys ({', '.join(keys[:3])}, ...)" if keys else "no key"

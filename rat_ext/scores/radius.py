@@ -1,0 +1,99 @@
+"""Robust radii as confidence scores, under the protocol of `rat_ext.scores`.
+
+A larger radius means a prediction more likely to be right. An infinite one (no change of the
+prediction was found) is the largest confidence; such samples are tied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._common.user_model import Model
+from ..radius.robust_radius import robust_radius, temperature_sweep
+from .base import register
+from .tuned import TEMPERATURES, Setting, TunedScore
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class RadiusScore(TunedScore):
+    """A robust radius, with the temperature of its ray chosen by fit().
+
+    Args:
+        temperature: one, or several for fit() to choose from; each > 0.
+        options: of `rat_ext.robust_radius` (all but ``method``, ``temperature`` and ``full``).
+    """
+
+    method: ClassVar[str]
+
+    def __init__(self, temperature: float | Sequence[float] = TEMPERATURES, **options: Any) -> None:
+        if taken := {"method", "full"} & options.keys():
+            raise TypeError(f"{type(self).__name__} sets {' and '.join(sorted(taken))} itself")
+        super().__init__(temperature)
+        self.options = options
+        self._samples = self._forwards = self._backwards = 0
+
+    @property
+    def forward_rows(self) -> float:
+        """Measured: the mean over the samples scored since fit(), with the ray's; nan before."""
+        return self._forwards / self._samples if self._samples else math.nan
+
+    @property
+    def backward_rows(self) -> float:
+        """Measured, as the forward rows."""
+        return self._backwards / self._samples if self._samples else math.nan
+
+    def fit(self, model: Model, loader: Iterable[Any], *, progress: bool = True) -> Self:
+        """Choose the temperature with the smallest AURC on (x, target, ...) batches held out."""
+        super().fit(model, loader, progress=progress)
+        self._samples = self._forwards = self._backwards = 0
+        return self
+
+    def at(self, setting: Setting) -> Self:
+        """This score with one setting; it counts its rows anew."""
+        score = super().at(setting)
+        score._samples = score._forwards = score._backwards = 0
+        return score
+
+    def state(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, **self.options}
+
+    def score(self, model: Model, x: Tensor) -> Tensor:
+        """(N,) radii; inf where no change was found, nan where a row is not finite."""
+        return self.score_and_predict(model, x)[0]
+
+    def score_and_predict(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+        result = robust_radius(
+            model, x, method=self.method, temperature=self.temperature, full=True, **self.options
+        )
+        self._samples += len(result)
+        self._forwards += len(result) + int(result.forward_rows.sum())
+        self._backwards += len(result) + int(result.backward_rows.sum())
+        return result.radius, result.prediction
+
+    def score_settings(
+        self, model: Model, x: Tensor, settings: Sequence[Setting]
+    ) -> tuple[Tensor, Tensor]:
+        temperatures = [setting.temperature for setting in settings]
+        results = temperature_sweep(model, x, temperatures, method=self.method, **self.options)
+        return torch.stack([result.radius for result in results]), results[0].prediction
+
+
+@register("rr-bs")
+class RRBS(RadiusScore):
+    """RR-BS: the radius from a bracket around the change of prediction (arXiv 2503.14783)."""
+
+    method = "bs"
+
+
+@register("rr-fast")
+class RRFast(RadiusScore):
+    """RR-Fast: the radius from logits extrapolated along the ray (arXiv 2503.14783)."""
+
+    method = "fast"

@@ -1,0 +1,184 @@
+"""The bracket searches of a batch, run in the compiled core (csrc/rule/search.h has the rule)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._common.user_model import Model, logits_of
+from .._core import core
+from .options import WIDE, Options
+from .result import RadiusResult
+from .tensors import empty_rows_like, for_core, launch_arguments
+
+_COLUMN = {name: i for i, name in enumerate(core.BRACKET_FIELDS)}
+
+
+class ActiveCount:
+    """Reads from the device how many rows are active.
+
+    On a GPU the number comes by an asynchronous copy to pinned memory, and the host waits for the
+    event behind it alone. In the first `sure` rounds no row can have settled (unless it is not
+    finite or cannot move), so `total` is returned at once, and the host runs ahead. Reading every
+    count one round late would spare the other waits too, of some microseconds each, but it costs
+    exactly one forward row more for every sample: the rows launched would be those that were active
+    a round before.
+    """
+
+    def __init__(self, device: torch.device, total: int = 0, sure: int = 0) -> None:
+        self.total, self.sure = total, sure
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            self.host = torch.empty(1, dtype=torch.int32, pin_memory=True)
+            self.event = torch.cuda.Event()
+
+    def __call__(self, count: Tensor) -> int:
+        """How many rows are active at most; never fewer than the (1,) int32 `count`."""
+        if not self.on_gpu:
+            return int(count)
+        if self.sure > 0:
+            self.sure -= 1
+            return self.total
+        self.host.copy_(count, non_blocking=True)
+        self.event.record(torch.cuda.current_stream(self.device))
+        self.event.synchronize()
+        return int(self.host)
+
+
+class Search:
+    """The bracket searches of all rows of x on one set of rays."""
+
+    def __init__(self, x: Tensor, classes: int, options: Options) -> None:
+        self.x, self.options = x, options
+        n, dtype, device = len(x), WIDE[x.dtype], x.device
+        self.direction = empty_rows_like(x, n, torch.int8)
+        self.brackets = torch.empty(n, len(_COLUMN), dtype=dtype, device=device)
+        self.probes = torch.empty(n, options.probes, dtype=dtype, device=device)
+        self.gaps = torch.empty(n, core.KNOTS * classes, dtype=dtype, device=device)
+        self.state = core.State(
+            self.brackets,
+            self.gaps,
+            self.probes,
+            rtol=options.rtol,
+            eps_max=options.eps_max,
+            eps_min=options.eps_min,
+            temperature=options.temperature,
+            bisect=options.bisect,
+        )
+
+    def aim(self, leaf: Tensor, logits: Tensor, begin: int = 0, retain_graph: bool = False) -> None:
+        """Take the ray of rows begin, begin + 1, ... from the logits of `leaf` and their graph."""
+        launch = launch_arguments(self.x)
+        values = for_core(logits, self.x)
+        seed = torch.empty_like(values)
+        core.start(values, seed, self.state, begin, **launch)
+        if self.options.target:
+            seed = runner_up_seed(values, self.predicted(slice(begin, begin + len(leaf))))
+        (gradient,) = torch.autograd.grad(
+            logits, leaf, seed.to(logits.dtype), retain_graph=retain_graph
+        )
+        self.head(gradient, begin)
+
+    def head(self, gradient: Tensor, begin: int) -> None:
+        """Take the direction and the first probes of rows begin, ... from the input gradient."""
+        low, high = self.options.low, self.options.high
+        rows = slice(begin, begin + len(gradient))
+        x, direction = self.x[rows], self.direction[rows]
+        if gradient.stride() != x.stride():
+            gradient = empty_rows_like(x, len(x), x.dtype).copy_(gradient)
+        core.aim(gradient, x, direction, low, high, self.state, begin, **launch_arguments(x))
+        if self.options.method == "fast":
+            self.probes[rows].fill_(self.options.h)
+
+    def exclude(self, rows: Tensor) -> None:
+        """Give up the first len(rows) rows where the (...,) bool `rows` is True."""
+        self.column("status")[: len(rows)].masked_fill_(rows, core.NOT_FINITE)
+
+    def compact(self, index: Tensor, count: Tensor) -> None:
+        """Move the active ones of the first `count` rows in `index` to its front; update count."""
+        core.compact(index, self.state, index, count, count, **launch_arguments(self.x))
+
+    def step(self, model: Model, index: Tensor, points: Tensor, count: Tensor) -> None:
+        """Probe the rows in `index`; those beyond the (1,) int32 `count` do not change."""
+        logits = self.logits_at(model, index, self.probes, points, count)
+        launch = launch_arguments(self.x)
+        if self.options.method == "fast":
+            core.extrapolate(logits, index, self.options.h, self.state, count, **launch)
+        else:
+            core.advance(logits, index, self.state, count, **launch)
+
+    def logits_at(
+        self, model: Model, index: Tensor, radii: Tensor, points: Tensor, count: Tensor
+    ) -> Tensor:
+        """Logits of the rows in `index` at each of their `radii`; `points` is room for them."""
+        low, high = self.options.low, self.options.high
+        points = points[: len(index) * radii.shape[1]]
+        launch = launch_arguments(self.x)
+        core.perturb(self.x, self.direction, index, radii, low, high, points, count, **launch)
+        return for_core(logits_of(model(points), len(points)), self.x)
+
+    def run(self, model: Model, chunk: int) -> None:
+        """Probe until no row is active. Finished rows leave the batch, and waiting ones fill it."""
+        n, device = len(self.x), self.x.device
+        index = torch.arange(n, dtype=torch.int32, device=device)
+        count = torch.full((1,), n, dtype=torch.int32, device=device)
+        active = ActiveCount(device, total=n, sure=self.options.least_rounds)
+        rows = max(1, chunk // self.options.probes)
+        points = empty_rows_like(self.x, rows * self.options.probes, self.x.dtype)
+        while True:
+            self.compact(index, count)
+            index = index[: active(count)]
+            if not len(index):
+                return
+            for i, part in enumerate(index.split(rows)):
+                left = count if i == 0 else (count - i * rows).clamp_min_(0)
+                self.step(model, part, points, left)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a search changes, each with one row per sample."""
+        return self.brackets, self.gaps, self.probes
+
+    def column(self, name: str) -> Tensor:
+        """(N,) view of one field of the brackets (csrc/search_rule.h)."""
+        return self.brackets[:, _COLUMN[name]]
+
+    def predicted(self, rows: slice | Tensor) -> Tensor:
+        """int64: the classes at radius 0 of some rows; any class for those that are not finite."""
+        classes = self.gaps.shape[1] // core.KNOTS
+        return self.column("prediction")[rows].long().clamp_(0, classes - 1)
+
+    def result(self, rows: int | None = None) -> RadiusResult:
+        """The results of the first `rows` rows, of all by default."""
+        column = {name: self.column(name)[:rows] for name in _COLUMN}
+        status = column["status"]
+        finite = status != core.NOT_FINITE
+        lower = column["lower"].where(finite, math.nan)
+        upper = column["upper"].where(finite, math.nan)
+        found = status == core.FOUND
+        searched = self.options.method == "bs"
+        return RadiusResult(
+            radius=(lower + upper) / 2,
+            lower=lower,
+            upper=upper,
+            found=found,
+            prediction=column["prediction"].where(finite, -1).long(),
+            flipped_to=column["flipped_to"].where(found, -1).long(),
+            forward_rows=column["rows"].long(),
+            fallbacks=column["fallbacks"].long(),
+            backward_rows=torch.zeros_like(status, dtype=torch.int64),
+            won=torch.zeros_like(status, dtype=torch.int64),
+            worst_case_rows=self.state.max_rows() if searched else 0,
+            norm=self.options.norm,
+            attacks=tuple(attack.name for attack in self.options.attacks),
+        )
+
+
+def runner_up_seed(logits: Tensor, prediction: Tensor) -> Tensor:
+    """Gradient of the runner-up's logit minus the prediction's: +1 and -1, 0 elsewhere."""
+    y = prediction[:, None]
+    runner_up = logits.scatter(1, y, -math.inf).argmax(1, keepdim=True)
+    return torch.zeros_like(logits).scatter_(1, runner_up, 1).scatter_(1, y, -1)

@@ -1,0 +1,123 @@
+"""What a search for robust radii returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import WIDE, Options
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """What a search cost, in forward rows (one sample through the model once)."""
+
+    rows: Tensor
+    """(N,) int64: rows spent on each sample."""
+    histogram: Tensor
+    """(max rows + 1,) int64: how many samples took 0, 1, 2, ... rows."""
+    mean: float
+    p95: float
+    """95th percentile of rows."""
+    worst_case: int
+    """No sample can take more rows than this, whatever the model (0 where it is not searched)."""
+    fallback_share: float
+    """Rounds that bisected instead of interpolating, for each forward row."""
+
+
+@dataclass(frozen=True)
+class RadiusResult:
+    """Robust radii of N inputs. Every tensor has shape (N,) and is on the input's device."""
+
+    radius: Tensor
+    """Midpoint of the bracket; inf where no flip was found; nan where a row is not finite."""
+    lower: Tensor
+    """Largest radius probed at which the prediction holds; for PGD, at which the attack fails."""
+    upper: Tensor
+    """Smallest radius probed at which it has changed; inf where none was found."""
+    found: Tensor
+    """bool: a change of prediction was found up to eps_max."""
+    prediction: Tensor
+    """int64: the model's prediction; -1 where a row is not finite."""
+    flipped_to: Tensor
+    """int64: the class at ``upper``; -1 where no flip was found."""
+    forward_rows: Tensor
+    """int64: forward rows that it took, beside the one forward and backward of the ray."""
+    fallbacks: Tensor
+    """int64: rounds of the search that fell back to bisection."""
+    backward_rows: Tensor
+    """int64: backward rows that it took, beside that of the ray; 0 for the attack "fgsm"."""
+    won: Tensor
+    """int64: which of ``attacks`` found the radius."""
+    worst_case_rows: int = 0
+    norm: str = "linf"
+    """Of the radius: "linf" or "l2"."""
+    attacks: tuple[str, ...] = ("fgsm",)
+    """The attacks of which the smallest radius counts."""
+
+    def __len__(self) -> int:
+        return self.radius.shape[0]
+
+    @classmethod
+    def empty(cls, x: Tensor, options: Options) -> RadiusResult:
+        """The result for an x without rows."""
+        real = torch.empty(0, dtype=WIDE[x.dtype], device=x.device)
+        integer = torch.empty(0, dtype=torch.int64, device=x.device)
+        found = torch.empty(0, dtype=torch.bool, device=x.device)
+        return cls(
+            radius=real,
+            lower=real,
+            upper=real,
+            found=found,
+            prediction=integer,
+            flipped_to=integer,
+            forward_rows=integer,
+            fallbacks=integer,
+            backward_rows=integer,
+            won=integer,
+            norm=options.norm,
+            attacks=tuple(attack.name for attack in options.attacks),
+        )
+
+    @property
+    def search_report(self) -> SearchReport:
+        """Rows per sample, their histogram, and the share of bisection fallbacks."""
+        rows = self.forward_rows
+        total = int(rows.sum())
+        return SearchReport(
+            rows=rows,
+            histogram=torch.bincount(rows) if len(self) else rows.new_zeros(1),
+            mean=float(rows.double().mean()) if len(self) else math.nan,
+            p95=float(rows.double().quantile(0.95)) if len(self) else math.nan,
+            worst_case=self.worst_case_rows,
+            fallback_share=int(self.fallbacks.sum()) / total if total else 0.0,
+        )
+
+    def __getitem__(self, index: Any) -> RadiusResult:
+        """The results of some of the rows."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        rows = {name: v[index] for name, v in values.items() if isinstance(v, Tensor)}
+        return RadiusResult(**{**values, **rows})
+
+
+def concatenate(results: Sequence[RadiusResult]) -> RadiusResult:
+    """The results of consecutive chunks as one."""
+    first = results[0]
+    values = {field.name: getattr(first, field.name) for field in fields(first)}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            values[name] = torch.cat([getattr(result, name) for result in results])
+    return RadiusResult(**values)
+
+
+class LoaderRadii(NamedTuple):
+    """Radii of a whole data set, on the CPU, in the loader's order."""
+
+    radius: Tensor
+    prediction: Tensor
+    target: Tensor | None
