@@ -12,7 +12,7 @@ costs on them is told by the forward rows. Contenders:
                       as 19 of 20 of these images need for rtol 1e-2 (which no user knows before)
     compiled, graph   the same with torch.compile, and as one CUDA graph
     rat_ext           robust_radius
-    estimator         RadiusEstimator, as it runs by default; "bf16" with precision="bf16"
+    estimator         RadiusEstimator, as it runs by default
     forward, ray      one forward; one forward and backward to the input
 
 The share of rat_ext's own kernels is that of robust_radius, of the time that the GPU is busy.
@@ -206,10 +206,10 @@ def run_case(
     steps = steps_for(result.radius)
     estimators: dict[str, RadiusEstimator] = {}
 
-    def estimator(key: str, **options: Any) -> Callable[[], Any]:
+    def estimator(key: str) -> Callable[[], Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # a failed capture is a failure here
-            estimators[key] = RadiusEstimator(model, x, rtol=RTOL, **options)
+            estimators[key] = RadiusEstimator(model, x, rtol=RTOL)
         return partial(estimators[key], x)
 
     def compiled() -> Callable[[], Any]:
@@ -226,7 +226,6 @@ def run_case(
         "ray": lambda: partial(plain_ray, model, x),
         "rat_ext": lambda: partial(robust_radius, model, x, rtol=RTOL, full=True),
         "estimator": lambda: estimator("estimator"),
-        "estimator bf16": lambda: estimator("estimator bf16", precision="bf16"),
         "bisection": lambda: partial(plain_bisection, model, x, steps),
         "bisection compiled": compiled,
         "bisection graph": lambda: graphed_bisection(model, x, steps),

@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._common.user_model import Model, check_device, logits_of, undisturbed, warn_not_finite
-from .search.options import WIDE, Options, bounds_error
+from .search.options import WIDE, Options, SearchOptions, bounds_error, shows_options
 from .search.result import RadiusResult, concatenate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 FIRST_STEP = 1e-6
 """The first radius that RR-BS probes, as a share of eps_max."""
@@ -32,71 +36,57 @@ TEXTBOOK_PROBES = 24
 PGD_STEPS = 10
 
 
+@shows_options(without=["norm", "probes", "search"])
 def robust_radius(
     model: Model,
     x: Tensor,
     *,
-    method: str = "bs",
-    rtol: float = 1e-2,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    temperature: float = 1.0,
-    eps_max: float | None = None,
-    attack: str = "fgsm",
-    batch_size: int | None = None,
     full: bool = False,
-    h: float = 1e-3,
-    target: str | None = None,
-    steps: int | None = None,
     regrad: bool = False,
+    **options: Unpack[SearchOptions],
 ) -> Tensor | RadiusResult:
     """Distance of each input from the decision boundary: by default on its FGSM ray, in L-inf.
 
     Args:
-        attack: "fgsm", "fgsm_l2", "pgd" or "pgd_l2".
+        model: as in `rat_ext.robust_radius`, and so are ``x``, ``full`` and the options. The search
+            is a doubling from 1e-6 of eps_max and then a bisection, so ``search`` and ``probes``
+            are not taken; ``attack`` is "fgsm", "fgsm_l2", "pgd" or "pgd_l2".
+        x: (N, ...) inputs; float64 where the result is to be an oracle.
+        full: return a RadiusResult instead of the radii alone.
         regrad: RR-BS as it is commonly run: a new FGSM gradient, of the cross-entropy itself, at
             each of 24 probes, and no early end (``rtol`` is not used). Its ``forward_rows`` count
             both forwards of a probe; its 24 backwards a row come on top.
 
-    All else is as in `rat_ext.robust_radius`, also what is returned and raised. The search is a
-    doubling from 1e-6 of eps_max and then a bisection, so ``search`` and ``probes`` are not taken.
+    Returns:
+        As `rat_ext.robust_radius`, which also says what is raised.
     """
-    options = Options.checked(
-        x,
-        method,
-        rtol,
-        bounds,
-        temperature,
-        eps_max,
-        attack,
-        batch_size,
-        h,
-        target=target,
-        steps=steps,
-    )
-    names = [each.name for each in options.attacks]
-    if names[1:] or options.attacks[0].kind not in ("fgsm", "pgd"):
-        raise ValueError(f"the reference has one of fgsm and pgd at a time, not {', '.join(names)}")
-    if regrad and (method != "bs" or names != ["fgsm"] or target):
+    if other := options.keys() & {"norm", "probes", "search"}:
+        raise TypeError(f"the reference has no option {min(other)!r}")
+    chosen = Options.checked(x, **options)
+    names = [each.name for each in chosen.attacks]
+    if names[1:] or names[0] not in TWINS:
+        raise ValueError(
+            f"the reference has one of {', '.join(TWINS)} at a time, not {', '.join(names)}"
+        )
+    if regrad and (chosen.method != "bs" or names != ["fgsm"] or chosen.target):
         raise ValueError(
             f"regrad=True is a variant of method 'bs' with attack 'fgsm' and no target; got method "
-            f"{method!r}, attack {names[0]!r} and target {target!r}"
+            f"{chosen.method!r}, attack {names[0]!r} and target {chosen.target!r}"
         )
-    if method == "bs":
-        method = "regrad" if regrad else options.attacks[0].kind
-    method_of = {"fgsm": rr_bs, "pgd": rr_pgd, "regrad": rr_bs_regrad, "fast": rr_fast}
+    method = rr_fast if chosen.method == "fast" else rr_bs_regrad if regrad else TWINS[names[0]]
     with torch.inference_mode(False), torch.no_grad():
         x = x.detach().clone() if x.is_inference() else x.detach()
         if not len(x):
-            empty = RadiusResult.empty(x, options)
+            empty = RadiusResult.empty(x, chosen)
             return empty if full else empty.radius
         finite_rows = x.isfinite().flatten(1).all(1)
-        outside = ((x < options.low) | (x > options.high)).flatten(1).any(1) & finite_rows
+        outside = ((x < chosen.low) | (x > chosen.high)).flatten(1).any(1) & finite_rows
         if outside.any():
-            raise bounds_error(x[outside], len(x), options)
+            raise bounds_error(x[outside], len(x), chosen)
         check_device(model, x)
         with undisturbed(model, x.device):
-            chunks = x.split(batch_size or len(x))
-            result = concatenate([method_of[method](model, chunk, options) for chunk in chunks])
+            chunks = x.split(chosen.batch_size or len(x))
+            result = concatenate([method(model, chunk, chosen) for chunk in chunks])
     warn_not_finite(result.radius, stacklevel=2)
     return result if full else result.radius
 
@@ -282,6 +272,10 @@ def projected(point: Tensor, x: Tensor, eps: Tensor, options: Options) -> Tensor
     elif step.norm() > eps:
         step = step * (eps / step.norm())
     return (x + step).clamp(options.low, options.high)
+
+
+TWINS = {"fgsm": rr_bs, "fgsm_l2": rr_bs, "pgd": rr_pgd, "pgd_l2": rr_pgd}
+"""Of the attacks that are here too: what measures the radius."""
 
 
 # --- What both searches keep ----------------------------------------------------------------------

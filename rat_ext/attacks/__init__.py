@@ -18,9 +18,10 @@ true distance in it:
   searched is the ray from x through x_adv, so that overshooting costs nothing.
 - ``best``, ``best_l2``, or a sequence of attacks of one norm: for each sample the smallest radius.
 
-All searches follow the one bracket rule (csrc/search_rule.h), and no named attack starts at random.
+All searches follow the one bracket rule (csrc/rule/search.h), and no named attack starts at random.
 """
 
-from .run import names, radii
+from ..search.attack import names
+from . import borrowed, pgd, rays
 
-__all__ = ["names", "radii"]
+__all__ = ["borrowed", "names", "pgd", "rays"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .._common.user_model import Model, logits_of
-from ..search.attack import Attack
+from ..search.attack import Attack, register
 from ..search.options import WIDE, Options
 from ..search.result import RadiusResult
 from .rays import VectorRay, length, like_rows, unit
@@ -23,8 +23,7 @@ class AttackRay(VectorRay):
     """Searches on the rays through the points that somebody else's attack finds."""
 
     def __init__(self, model: Model, x: Tensor, classes: int, options: Options) -> None:
-        super().__init__(x, classes, options)
-        self.model = model
+        super().__init__(model, x, classes, options)
         self.attack_rows = torch.zeros(2, len(x), dtype=torch.int64, device=x.device)
 
     def head(self, gradient: Tensor, begin: int) -> None:
@@ -155,3 +154,7 @@ def _torchattacks(
 
 
 _LIBRARIES = {"foolbox": _foolbox, "torchattacks": _torchattacks}
+
+for _name, _library in (("deepfool", "foolbox"), ("fmn", "foolbox"), ("fab", "torchattacks")):
+    register(_name, library=_library, iterative=True)(AttackRay)
+    register(f"{_name}_l2", norm="l2", library=_library, iterative=True)(AttackRay)

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from .._common.user_model import Model, logits_of
 from .._core import core
-from ..search.bracket_search import Search
-from ..search.result import RadiusResult
+from ..search.attack import register
+from ..search.bracket_search import BracketSearch
+from ..search.options import Options
+from ..search.result import RadiusResult, smallest
 from ..search.tensors import differentiable_logits
-from .rays import length, like_rows, steepest
+from .rays import VectorRay, length, like_rows, steepest
 
 PGD_STEPS = 10
 PGD_STEP_SIZE = 2.5
@@ -22,7 +24,28 @@ PGD_STEP_SIZE = 2.5
 from anywhere in it."""
 
 
-class PGDSearch(Search):
+@register("pgd_l2", norm="l2", by_gradient=True, iterative=True, one_probe=True)
+@register("pgd", by_gradient=True, iterative=True, one_probe=True)
+class PGD:
+    """The ray of the gradient, then balls from the ray's radius on; the smaller radius counts."""
+
+    def __init__(self, model: Model, x: Tensor, classes: int, options: Options) -> None:
+        kind = BracketSearch if options.norm == "linf" else VectorRay
+        self.ray = kind(model, x, classes, options)
+        self.aim, self.exclude = self.ray.aim, self.ray.exclude
+
+    def run(self) -> None:
+        start = [tensor.clone() for tensor in self.ray.tensors]
+        self.ray.run()
+        self.balls = BallSearch(self.ray, start)
+        self.balls.run()
+
+    def result(self) -> RadiusResult:
+        result = smallest([self.ray.result(), self.balls.result()])
+        return replace(result, won=torch.zeros_like(result.won))  # both are this attack's
+
+
+class BallSearch(BracketSearch):
     """Searches whose probe of a radius is PGD in the ball of that radius, on all rows of `ray`.
 
     Gradients are those of the log-odds, as for the FGSM ray: right where the model is confident. A
@@ -31,9 +54,11 @@ class PGDSearch(Search):
     it takes all the steps: how deep they lead into another class tells how much too far that is.
     """
 
-    def __init__(self, ray: Search, start: Sequence[Tensor]) -> None:
+    least_rounds = 0  # a round is dear: none is spent on a row that is settled or not finite
+
+    def __init__(self, ray: BracketSearch, start: Sequence[Tensor]) -> None:
         classes = ray.gaps.shape[1] // core.KNOTS
-        super().__init__(ray.x, classes, ray.options)
+        super().__init__(ray.model, ray.x, classes, ray.options)
         for now, then in zip(self.tensors, start, strict=True):
             now.copy_(then)
         at_x = self.gaps[:, :classes].scatter(1, self.predicted(slice(None))[:, None], math.inf)
@@ -46,9 +71,7 @@ class PGDSearch(Search):
             2, len(ray.x), dtype=torch.int64, device=ray.x.device
         )
 
-    def logits_at(
-        self, model: Model, index: Tensor, radii: Tensor, points: Tensor, count: Tensor
-    ) -> Tensor:
+    def logits_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> Tensor:
         low, high, norm = self.options.low, self.options.high, self.options.norm
         rows = index.long()
         x, y = self.x[rows].to(radii.dtype), self.predicted(rows)
@@ -60,9 +83,9 @@ class PGDSearch(Search):
         left = torch.arange(len(rows), device=rows.device)  # the rows that go on, and their points
         for step in range(self.steps + 1):
             self.forwards[rows[left]] += 1
-            leaf, logits = self._forward(model, point, with_graph=step < self.steps)
+            leaf, logits = self._forward(point, with_graph=step < self.steps)
             z = logits.detach().to(radii.dtype)
-            margin = _margin(z, y[left])
+            margin = margin_of(z, y[left])
             deeper = ~(margin >= best_margin[left])  # also where it is not finite
             at = left[deeper]
             best_margin[at], best_logits[at], best[at] = margin[deeper], z[deeper], point[deeper]
@@ -78,15 +101,15 @@ class PGDSearch(Search):
                 break
             size = eps[left] * (PGD_STEP_SIZE / self.steps)
             moved = point + size * steepest(gradient, norm) - x[left]
-            point = (x[left] + _project(moved, eps[left], norm)).clamp_(low, high)
+            point = (x[left] + project(moved, eps[left], norm)).clamp_(low, high)
         self.direction[rows] = (best - x) / eps
         return best_logits
 
-    def _forward(self, model: Model, point: Tensor, with_graph: bool) -> tuple[Tensor, Tensor]:
+    def _forward(self, point: Tensor, with_graph: bool) -> tuple[Tensor, Tensor]:
         point = point.to(self.x.dtype)
         if with_graph:
-            return differentiable_logits(model, point)
-        return point, logits_of(model(point), len(point))
+            return differentiable_logits(self.model, point)
+        return point, logits_of(self.model(point), len(point))
 
     def _seed(self, logits: Tensor, y: Tensor, runner_up: Tensor) -> Tensor:
         """Gradient in the logits of what the attack lets rise: another class against y."""
@@ -106,14 +129,14 @@ class PGDSearch(Search):
         )
 
 
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
+def margin_of(logits: Tensor, y: Tensor) -> Tensor:
     """(N,) z_y minus the largest other logit; nan where a logit is not finite."""
     others = logits.scatter(1, y[:, None], -math.inf).amax(1)
     margin = logits.gather(1, y[:, None]).squeeze(1) - others
     return margin.where(logits.isfinite().all(1), math.nan)
 
 
-def _project(steps: Tensor, eps: Tensor, norm: str) -> Tensor:
+def project(steps: Tensor, eps: Tensor, norm: str) -> Tensor:
     """The nearest steps (N, ...) of norm eps or less."""
     if norm == "linf":
         return steps.clamp(-eps, eps)

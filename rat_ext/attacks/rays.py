@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .._common.user_model import Model, logits_of
 from .._core import core
-from ..search.bracket_search import Search
+from ..search.attack import register
+from ..search.bracket_search import BracketSearch
 from ..search.options import WIDE, Options
 from ..search.tensors import empty_rows_like, for_core, launch_arguments
 
@@ -39,15 +40,16 @@ def like_rows(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
-class VectorRay(Search):
+@register("fgsm_l2", norm="l2", by_gradient=True)
+class VectorRay(BracketSearch):
     """Searches on the rays ``clip(x + e * d)`` of any directions d; here, those of the gradient.
 
-    A step on such a ray is plain torch, which costs 1 to 2 % of a search (docs/attacks.md); int8
-    directions are what keeps the FGSM search as small as it is.
+    A step on such a ray is plain torch, which costs 1 to 2 % of a search
+    (docs/measurements/attacks.md); int8 directions keep the FGSM search as small as it is.
     """
 
-    def __init__(self, x: Tensor, classes: int, options: Options) -> None:
-        super().__init__(x, classes, options)
+    def __init__(self, model: Model, x: Tensor, classes: int, options: Options) -> None:
+        super().__init__(model, x, classes, options)
         self.direction = empty_rows_like(x, len(x), WIDE[x.dtype])
 
     def head(self, gradient: Tensor, begin: int) -> None:
@@ -70,12 +72,10 @@ class VectorRay(Search):
         x, direction = torch.zeros_like(one), torch.empty_like(one, dtype=torch.int8)
         core.aim(one, x, direction, -1, 1, self.state, begin, **launch_arguments(one))
 
-    def logits_at(
-        self, model: Model, index: Tensor, radii: Tensor, points: Tensor, count: Tensor
-    ) -> Tensor:
+    def logits_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> Tensor:
         rows = index.long()
         e = radii[rows].flatten()
         rows = rows.repeat_interleave(radii.shape[1])
         moved = torch.addcmul(self.x[rows].to(e.dtype), self.direction[rows], like_rows(e, self.x))
         points = points[: len(rows)].copy_(moved.clamp_(self.options.low, self.options.high))
-        return for_core(logits_of(model(points), len(points)), self.x)
+        return for_core(logits_of(self.model(points), len(points)), self.x)

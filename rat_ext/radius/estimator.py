@@ -10,21 +10,17 @@ where torch can record one; elsewhere the host replays it and polls how many row
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 import warnings
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import radius as _capture
 from .._common.user_model import Model, check_device, undisturbed, warn_not_finite
-from .._core import core
-from ..search.bracket_search import Search
-from ..search.options import Options
+from ..search.bracket_search import BracketSearch
+from ..search.options import Options, SearchOptions, shows_options
 from ..search.result import RadiusResult, concatenate
 from ..search.tensors import (
     checked_input,
@@ -33,10 +29,15 @@ from ..search.tensors import (
     input_flags,
     with_dense_rows,
 )
+from . import graphs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NOTHING = contextlib.nullcontext()
 
 
+@shows_options(without=["attack", "batch_size", "norm", "steps"])
 class RadiusEstimator:
     """`robust_radius` for many batches of one shape, dtype and device.
 
@@ -56,23 +57,19 @@ class RadiusEstimator:
         example_x: (B, ...) inputs, valid in themselves. Later inputs have their row shape, dtype
             and device, and reach the model in their memory format. B is the most rows of a search
             at a time; one forward takes up to B * probes rows.
-        precision: "bf16" probes under bfloat16 autocast, then verifies both ends of each bracket
-            without it, at 2 forward rows a sample. Where the prediction is not kept at ``lower`` or
-            not changed at ``upper`` it searches once more without it. Needs method "bs".
         capture: False runs eagerly on a GPU, too.
         check_input: raise if x is out of bounds, and warn of rows that are not finite, for both of
             which the host waits for a GPU. If False, such rows get nan without a word, and a call
             that replays the device loop returns before the GPU is done.
-        options: method, rtol, bounds, temperature, eps_max, target, h, search and probes of
-            `robust_radius`. The attack is "fgsm".
+        {options}
 
     Attributes:
         mode: "device loop" (captured; the search never asks the host), "replay loop" (captured; the
             host polls how many rows are left) or "eager".
 
     Raises:
-        ValueError, TypeError: as `robust_radius`; an empty example_x or an unknown precision; in a
-            call, an x that is not like the example.
+        ValueError, TypeError: as `robust_radius`; an empty example_x; in a call,
+            an x that is not like the example.
     """
 
     def __init__(
@@ -80,10 +77,9 @@ class RadiusEstimator:
         model: Model,
         example_x: Tensor,
         *,
-        precision: str | None = None,
         capture: bool = True,
         check_input: bool = True,
-        **options: Any,
+        **options: Unpack[SearchOptions],
     ) -> None:
         if "batch_size" in options:
             raise TypeError("the batch size of a RadiusEstimator is that of example_x")
@@ -94,28 +90,24 @@ class RadiusEstimator:
                 f"a RadiusEstimator searches FGSM rays; for attack {', '.join(names)} use "
                 "rat_ext.robust_radius"
             )
-        if precision not in (None, "bf16"):
-            raise ValueError(f"precision is {precision!r}; expected None or 'bf16'")
-        if precision and self._options.method != "bs":
-            raise ValueError("precision='bf16' verifies brackets, so it needs method='bs'")
         if not len(example_x):
             raise ValueError("example_x has no rows; give a batch of the size that is to be used")
         device = self._device = example_x.device
-        self._model, self._bf16, self._check_input = model, precision == "bf16", check_input
-        ambient = (torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type))
-        self._exact = self._under_autocast(*ambient)
-        self._fast = self._under_autocast(torch.bfloat16, True) if self._bf16 else self._exact
+        self._model, self._check_input = model, check_input
         self._lock = threading.Lock()
         self._done = torch.cuda.Event() if device.type == "cuda" else None
+        ambient = self._under_autocast(
+            torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        )
         with torch.inference_mode(False), torch.no_grad(), self._in_stream_order():
             example = with_dense_rows(example_x.detach())
             checked_input(example, self._options)
             check_device(model, example)
             with undisturbed(model, device):
                 random_state = _random_state(device)
-                _, logits = differentiable_logits(self._exact, example)
+                _, logits = differentiable_logits(ambient, example)
                 draws = not torch.equal(random_state, _random_state(device))
-                self._allocate(example, logits.shape[1])
+                self._allocate(ambient, example, logits.shape[1])
                 del logits
                 self._trace(len(example))
                 self.mode = self._prepare(capture, draws)
@@ -151,66 +143,25 @@ class RadiusEstimator:
         self._rows.fill_(rows)
         self._run_trace(rows)
         self._run_search(rows)
-        if not self._bf16:
-            return self._search.result(rows)
-        self._run_verify(rows)
-        self._run_repair(rows)
-        result = self._search.result(rows)
-        return dataclasses.replace(
-            result,
-            forward_rows=result.forward_rows + self._spent[:rows],
-            worst_case_rows=2 * result.worst_case_rows + 2,
-        )
+        return self._search.result(rows)
 
     # What is captured: work on the first `rows` rows of the buffers, none of which the host reads.
 
     def _trace(self, rows: int) -> None:
         """Take the rays, and make all rows active that are in bounds and no padding."""
         search = self._search
-        leaf, logits = differentiable_logits(self._exact, self._x[:rows])
+        leaf, logits = differentiable_logits(search.model, self._x[:rows])
         search.aim(leaf, logits)
         padding = self._order[:rows] >= self._rows
         search.exclude((input_flags(self._x[:rows], self._options) != 0) | padding)
-        if self._bf16:
-            self._searched[:rows].copy_(search.column("status")[:rows] == core.ACTIVE)
-            for start, now in zip(self._start, search.tensors, strict=True):
-                start[:rows].copy_(now[:rows])
-        self._activate(rows)
-
-    def _activate(self, rows: int) -> None:
         self._index[:rows].copy_(self._order[:rows])
         self._count.fill_(rows)
-        self._search.compact(self._index[:rows], self._count)
+        search.compact(self._index[:rows], self._count)
 
-    def _step(self, model: Model, rows: int) -> None:
+    def _step(self, rows: int) -> None:
         index = self._index[:rows]
-        self._search.step(model, index, self._points, self._count)
+        self._search.step(index, self._points, self._count)
         self._search.compact(index, self._count)
-
-    def _verify(self, rows: int) -> None:
-        """Look at both ends of each bracket in full precision, and restart those that are wrong."""
-        search = self._search
-        lower, upper, prediction, flipped_to, status = (
-            search.column(name)[:rows]
-            for name in ("lower", "upper", "prediction", "flipped_to", "status")
-        )
-        found = status == core.FOUND
-        self._ends[:rows, 0].copy_(lower)
-        self._ends[:rows, 1].copy_(upper.where(found, lower))
-        self._count.fill_(rows)
-        logits = search.logits_at(
-            self._exact, self._order[:rows], self._ends, self._points, self._count
-        )
-        classes = logits.argmax(1).view(rows, 2)
-        finite = logits.isfinite().all(1).view(rows, 2).all(1) & (status != core.NOT_FINITE)
-        holds = (classes[:, 0] == prediction) & ((classes[:, 1] != prediction) | ~found) & finite
-        flipped_to.copy_(torch.where(found & holds, classes[:, 1], flipped_to))
-        searched = self._searched[:rows]
-        again = searched & ~holds
-        self._spent[:rows].copy_(search.column("rows")[:rows].where(again, 0) + 2 * searched)
-        for start, now in zip(self._start, search.tensors, strict=True):
-            now[:rows].copy_(start[:rows].where(again[:, None], now[:rows]))
-        self._activate(rows)
 
     # ---- construction ----------------------------------------------------------------------------
 
@@ -223,49 +174,40 @@ class RadiusEstimator:
 
         return run
 
-    def _allocate(self, example: Tensor, classes: int) -> None:
+    def _allocate(self, model: Model, example: Tensor, classes: int) -> None:
         n, device = len(example), self._device
         self._x = empty_rows_like(example, n, example.dtype).copy_(example)
-        self._search = Search(self._x, classes, self._options)
+        self._search = BracketSearch(model, self._x, classes, self._options)
         self._order = torch.arange(n, dtype=torch.int32, device=device)
         self._index = self._order.clone()
         self._count, self._rows = (self._order.new_full((1,), n) for _ in range(2))
-        points = n * max(self._options.probes, 2 if self._bf16 else 1)
-        self._points = empty_rows_like(example, points, example.dtype)
-        if self._bf16:
-            self._searched = torch.empty(n, dtype=torch.bool, device=device)
-            self._start = [torch.empty_like(tensor) for tensor in self._search.tensors]
-            self._ends = torch.empty_like(self._search.brackets[:, :2])
-            self._spent = torch.empty(n, dtype=torch.int64, device=device)
+        self._points = empty_rows_like(example, n * self._options.probes, example.dtype)
 
     def _prepare(self, capture: bool, draws: bool) -> str:
         """Capture what runs a search, or leave it eager if that cannot be. Returns the mode."""
-        graphs = _capture.graphs_for(self._device) if capture else None
-        if graphs is None:
-            return self._build(_capture.Eager())
+        recorder = graphs.graphs_for(self._device) if capture else None
+        if recorder is None:
+            return self._build(graphs.Eager())
         n = len(self._x)
         sizes = [*(2**k for k in range(n.bit_length()) if 2**k < n), n]
         cause = "it draws random numbers in eval mode"
-        for driver in () if draws else (_capture.DeviceLoop, _capture.ReplayLoop):
+        for driver in () if draws else (graphs.DeviceLoop, graphs.ReplayLoop):
             try:
-                return self._build(driver(graphs, sizes, self._options.least_rounds))
+                return self._build(driver(recorder, sizes, self._search.least_rounds))
             except Exception as error:
                 cause = _root_cause(error)
-                graphs = _capture.graphs_for(self._device)  # with a stream that is not capturing
+                recorder = graphs.graphs_for(self._device)  # with a stream that is not capturing
         warnings.warn(
             f"the model cannot be captured in CUDA graphs and runs eagerly: {cause}. "
             "capture=False runs eagerly without this warning",
             RuntimeWarning,
             stacklevel=3,
         )
-        return self._build(_capture.Eager())
+        return self._build(graphs.Eager())
 
-    def _build(self, driver: _capture.Driver) -> str:
-        self._run_search = driver.loop(partial(self._step, self._fast), self._count)
+    def _build(self, driver: graphs.Driver) -> str:
+        self._run_search = driver.loop(self._step, self._count)
         self._run_trace = driver.piece(self._trace)
-        if self._bf16:
-            self._run_verify = driver.piece(self._verify)
-            self._run_repair = driver.loop(partial(self._step, self._exact), self._count)
         self._runs_model = driver.runs_model
         return driver.name
 

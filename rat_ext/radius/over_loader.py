@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from .._common.user_model import Model
+from ..search.options import SearchOptions
 from ..search.result import LoaderRadii
 from .shards import RadiusShards, batch_radii, write_radii
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @overload
 def robust_radii(
-    model: Model, loader: Iterable[Any], *, out: str | Path, **options: Any
+    model: Model, loader: Iterable[Any], *, out: str | Path, **options: Unpack[SearchOptions]
 ) -> RadiusShards: ...
 
 
@@ -30,7 +34,7 @@ def robust_radii(
     resume: bool = False,
     batches_per_shard: int = 16,
     format: str = "npz",
-    **options: Any,
+    **options: Unpack[SearchOptions],
 ) -> LoaderRadii | RadiusShards:
     """Radii of every batch of a DataLoader, with a progress bar.
 

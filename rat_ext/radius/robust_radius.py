@@ -2,55 +2,40 @@
 
 The method is RR-BS and RR-Fast of Yan and Weng, "RAT: Boosting Misclassification Detection Ability
 without Extra Data" (arXiv 2503.14783), searched on a ray that is computed once. The loops run in
-the compiled core (csrc/search_rule.h tells how a probe is chosen); `rat_ext.reference` is the same
+the compiled core (csrc/rule/search.h tells how a probe is chosen); `rat_ext.reference` is the same
 in plain PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, overload
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .._common.user_model import Model, check_device, undisturbed, warn_not_finite
-from ..search.attack import AttackFunction
-from ..search.options import Options
-from ..search.result import RadiusResult
-from ..search.tensors import checked_input, with_dense_rows
+from ..attacks.borrowed import AttackRay
+from ..search.options import Options, SearchOptions, shows_options
+from ..search.result import RadiusResult, best
+from ..search.tensors import checked_input, differentiable_logits, with_dense_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @overload
 def robust_radius(
-    model: Model, x: Tensor, *, full: Literal[False] = ..., **options: Any
+    model: Model, x: Tensor, *, full: Literal[False] = ..., **options: Unpack[SearchOptions]
 ) -> Tensor: ...
-
-
 @overload
 def robust_radius(
-    model: Model, x: Tensor, *, full: Literal[True], **options: Any
+    model: Model, x: Tensor, *, full: Literal[True], **options: Unpack[SearchOptions]
 ) -> RadiusResult: ...
-
-
+@shows_options()
 def robust_radius(
-    model: Model,
-    x: Tensor,
-    *,
-    method: str = "bs",
-    rtol: float = 1e-2,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    temperature: float = 1.0,
-    eps_max: float | None = None,
-    attack: str | AttackFunction | Sequence[str | AttackFunction] = "fgsm",
-    batch_size: int | None = None,
-    full: bool = False,
-    h: float = 1e-3,
-    search: str = "interpolate",
-    probes: int = 1,
-    norm: str | None = None,
-    target: str | None = None,
-    steps: int | None = None,
+    model: Model, x: Tensor, *, full: bool = False, **options: Unpack[SearchOptions]
 ) -> Tensor | RadiusResult:
     """Distance of each input from the decision boundary: by default on its FGSM ray, in L-inf.
 
@@ -68,30 +53,8 @@ def robust_radius(
         model: callable from (N, ...) inputs to (N, C) logits, C >= 2, or to an object with
             ``.logits``.
         x: (N, ...) floating-point inputs, every element within ``bounds``.
-        method: "bs" narrows a bracket around the flip; "fast" extrapolates the logits linearly from
-            one extra forward at radius ``h`` (radius = lower = upper; may exceed eps_max).
-        rtol: a bracket is narrow enough when upper - lower <= rtol * upper.
-        bounds: smallest and largest value of an input element.
-        temperature: softmax temperature of the cross-entropy that directs the ray; > 0.
-        eps_max: how far to search; default the largest distance of two points in the bounds: their
-            width, times the square root of the elements for L2.
-        attack: how the change of prediction is looked for; see `rat_ext.attacks`. "fgsm" is the ray
-            above, "fgsm_l2" that of the gradient scaled to L2 norm 1. "pgd" and "pgd_l2" attack
-            anew at each radius. "deepfool", "fmn" and "fab", each also with "_l2", and functions
-            ``(model, x, y) -> x_adv`` choose the ray that is searched. "best", "best_l2" or a
-            sequence of attacks of one norm: the smallest radius counts.
-        batch_size: most rows in one forward; default all of x. Does not change the results beyond
-            rounding.
         full: return a RadiusResult instead of the radii alone.
-        h: step of method "fast", in the units of x.
-        search: "interpolate", or "bisect" for plain doubling from 1e-6 and bisection (slower).
-        probes: points probed per sample and forward. More than one spends rows to save rounds, for
-            small batches on a device that they leave idle. Not for PGD.
-        norm: that of the distance, "linf" (default) or "l2", where ``attack`` is a function; named
-            attacks have theirs.
-        target: "runner-up" directs fgsm and pgd at the second most likely class at x instead of
-            away from the prediction. Any change of the prediction still counts.
-        steps: iterations of PGD (default 10) and of the libraries' attacks (default theirs).
+        {options}
 
     Returns:
         (N,) radii on x's device, float64 for float64 x and float32 otherwise: inf where the
@@ -104,28 +67,20 @@ def robust_radius(
         TypeError: x or the logits are not floating-point tensors.
         ImportError: the library of an attack is not installed.
     """
-    options = Options.checked(
-        x,
-        method,
-        rtol,
-        bounds,
-        temperature,
-        eps_max,
-        attack,
-        batch_size,
-        h,
-        search,
-        probes,
-        norm=norm,
-        target=target,
-        steps=steps,
-    )
-    result = _radii(model, x, [options])[0]
+    chosen = Options.checked(x, **options)
+    if not len(x):
+        result = RadiusResult.empty(x, chosen)
+    else:
+        with _ready(model, x, chosen) as (x, finite):
+            found = [_searched(model, x, chosen.only(each), finite) for each in chosen.attacks]
+        result = found[0] if len(found) == 1 else best(found)
+    warn_not_finite(result.radius, stacklevel=2)
     return result if full else result.radius
 
 
+@shows_options(without=["temperature"])
 def temperature_sweep(
-    model: Model, x: Tensor, temperatures: Sequence[float], **options: Any
+    model: Model, x: Tensor, temperatures: Sequence[float], **options: Unpack[SearchOptions]
 ) -> list[RadiusResult]:
     """Radii at several temperatures, for the price of one forward and a backward for each.
 
@@ -137,24 +92,65 @@ def temperature_sweep(
         raise ValueError("temperatures is empty; give at least one")
     if {"temperature", "full"} & options.keys():
         raise TypeError("temperature_sweep takes temperatures, and always returns full results")
-    return _radii(model, x, [Options.checked(x, temperature=t, **options) for t in temperatures])
+    runs = [Options.checked(x, **{**options, "temperature": t}) for t in temperatures]
+    if not len(x):
+        return [RadiusResult.empty(x, run) for run in runs]
+    with _ready(model, x, runs[0]) as (x, finite):
+        by_attack = [
+            _swept(model, x, [run.only(each) for run in runs], finite) for each in runs[0].attacks
+        ]
+    results = [best(results) for results in zip(*by_attack, strict=True)]
+    warn_not_finite(results[0].radius, stacklevel=2)
+    return results
 
 
-def _radii(model: Model, x: Tensor, runs: Sequence[Options]) -> list[RadiusResult]:
-    """One result for each of `runs`, which differ in their temperature only."""
-    from ..attacks import run as attacks  # which builds on what is here
+def _searched(model: Model, x: Tensor, options: Options, finite: Tensor) -> RadiusResult:
+    """What the one attack of the options finds."""
+    search = None
+    for begin, leaf, logits in _forwards(model, x, options):
+        if search is None:
+            search = _new_search(model, x, logits.shape[1], options)
+        search.aim(leaf, logits, begin)
+    search.exclude(~finite)
+    search.run()
+    return search.result()
 
-    shared = runs[0]
+
+def _swept(model: Model, x: Tensor, runs: Sequence[Options], finite: Tensor) -> list[RadiusResult]:
+    """As `_searched`, for options that differ in their temperature alone."""
+    if not runs[0].attacks[0].by_gradient:  # temperature plays no part
+        return [_searched(model, x, runs[0], finite)] * len(runs)
+    searches: list[Any] = []
+    for begin, leaf, logits in _forwards(model, x, runs[0]):
+        searches = searches or [_new_search(model, x, logits.shape[1], run) for run in runs]
+        for i, search in enumerate(searches):
+            search.aim(leaf, logits, begin, retain_graph=i + 1 < len(searches))
+    for search in searches:
+        search.exclude(~finite)
+        search.run()
+    return [search.result() for search in searches]
+
+
+def _new_search(model: Model, x: Tensor, classes: int, options: Options) -> Any:
+    # A function of the user's has no entry in the table of attacks.
+    kind = options.attacks[0].search or AttackRay
+    return kind(model, x, classes, options)
+
+
+def _forwards(model: Model, x: Tensor, options: Options) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The forward at x, chunk by chunk: its first row, the leaf, and logits that have a graph."""
+    rows = options.batch_size or len(x)
+    for begin in range(0, len(x), rows):
+        yield begin, *differentiable_logits(model, x[begin : begin + rows])
+
+
+@contextlib.contextmanager
+def _ready(model: Model, x: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]:
+    """The input, checked, and (N,) bool: which rows are finite. The model is in eval mode then."""
     # Tensors made in inference mode cannot enter a graph, whatever mode the caller is in.
     with torch.inference_mode(False), torch.no_grad():
-        x = x.detach()
-        if not len(x):
-            return [RadiusResult.empty(x, shared) for _ in runs]
-        x = with_dense_rows(x)
-        finite = checked_input(x, shared)
+        x = with_dense_rows(x.detach())
+        finite = checked_input(x, options)
         check_device(model, x)
-        chunk = min(shared.batch_size or len(x), len(x))
         with undisturbed(model, x.device):
-            results = attacks.radii(model, x, runs, finite, chunk)
-    warn_not_finite(results[0].radius, stacklevel=3)
-    return results
+            yield x, finite

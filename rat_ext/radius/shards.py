@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from .._common.storage import fingerprint, write_whole
 from .._common.user_model import Model
 from .._core import __version__
-from ..search.options import Options
+from ..search.options import Options, SearchOptions
 from ..search.result import LoaderRadii, RadiusResult
 from .numbered_batches import _Source
 from .robust_radius import robust_radius
@@ -140,7 +139,7 @@ def write_radii(
     format: str,
     device: torch.device | str | None,
     progress: bool,
-    options: dict[str, Any],
+    options: SearchOptions,
 ) -> RadiusShards:
     """`robust_radii` with ``out``, which see."""
     from tqdm.auto import tqdm
@@ -191,7 +190,7 @@ def write_radii(
 
 
 def batch_radii(
-    model: Model, batch: Any, device: torch.device | str | None, options: dict[str, Any]
+    model: Model, batch: Any, device: torch.device | str | None, options: SearchOptions
 ) -> tuple[RadiusResult, Tensor | None]:
     """The result for one batch of a loader, and the batch's targets on the CPU, if it has any."""
     x, *rest = batch if isinstance(batch, tuple | list) else (batch,)
@@ -200,7 +199,7 @@ def batch_radii(
 
 
 def _columns(
-    model: Model, batch: Any, device: torch.device | str | None, options: dict[str, Any]
+    model: Model, batch: Any, device: torch.device | str | None, options: SearchOptions
 ) -> dict[str, np.ndarray]:
     result, target = batch_radii(model, batch, device, options)
     columns = {name: getattr(result, name) for name in _COLUMNS}
@@ -219,7 +218,7 @@ def _manifest(
     source: _Source,
     batches_per_shard: int,
     format: str,
-    options: dict[str, Any],
+    options: SearchOptions,
 ) -> dict[str, Any]:
     if batches_per_shard < 1:
         raise ValueError(f"batches_per_shard is {batches_per_shard}; it must be at least 1")
@@ -232,19 +231,14 @@ def _manifest(
     manifest = {
         "rat_ext": __version__,
         "model": fingerprint(model) if isinstance(model, nn.Module) else None,
-        "options": asdict(checked),
+        "options": {**vars(checked), "attacks": [attack.name for attack in checked.attacks]},
         "batches": source.length,
         "batches_per_shard": batches_per_shard,
         "first_batch": source.first_batch(),
         "format": format,
         "complete": False,
     }
-    return json.loads(json.dumps(manifest, default=_name_of))
-
-
-def _name_of(option: Any) -> str:
-    """Of an option that JSON does not know, such as a function, whose repr has its address."""
-    return getattr(option, "__qualname__", None) or repr(option)
+    return json.loads(json.dumps(manifest))
 
 
 def _open_together(

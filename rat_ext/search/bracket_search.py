@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._common.user_model import Model, logits_of
 from .._core import core
+from .attack import register
 from .options import WIDE, Options
 from .result import RadiusResult
 from .tensors import empty_rows_like, for_core, launch_arguments
@@ -48,11 +49,16 @@ class ActiveCount:
         return int(self.host)
 
 
-class Search:
-    """The bracket searches of all rows of x on one set of rays."""
+@register("fgsm", by_gradient=True)
+class BracketSearch:
+    """The bracket searches of all rows of x, each on its FGSM ray.
 
-    def __init__(self, x: Tensor, classes: int, options: Options) -> None:
-        self.x, self.options = x, options
+    In order: `aim` takes the ray of each row, `exclude` gives up some rows, `run` searches, and
+    `result` tells what was found. Searches on other rays override `head` and `logits_at`.
+    """
+
+    def __init__(self, model: Model, x: Tensor, classes: int, options: Options) -> None:
+        self.model, self.x, self.options = model, x, options
         n, dtype, device = len(x), WIDE[x.dtype], x.device
         self.direction = empty_rows_like(x, n, torch.int8)
         self.brackets = torch.empty(n, len(_COLUMN), dtype=dtype, device=device)
@@ -101,32 +107,30 @@ class Search:
         """Move the active ones of the first `count` rows in `index` to its front; update count."""
         core.compact(index, self.state, index, count, count, **launch_arguments(self.x))
 
-    def step(self, model: Model, index: Tensor, points: Tensor, count: Tensor) -> None:
+    def step(self, index: Tensor, points: Tensor, count: Tensor) -> None:
         """Probe the rows in `index`; those beyond the (1,) int32 `count` do not change."""
-        logits = self.logits_at(model, index, self.probes, points, count)
+        logits = self.logits_at(index, self.probes, points, count)
         launch = launch_arguments(self.x)
         if self.options.method == "fast":
             core.extrapolate(logits, index, self.options.h, self.state, count, **launch)
         else:
             core.advance(logits, index, self.state, count, **launch)
 
-    def logits_at(
-        self, model: Model, index: Tensor, radii: Tensor, points: Tensor, count: Tensor
-    ) -> Tensor:
+    def logits_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> Tensor:
         """Logits of the rows in `index` at each of their `radii`; `points` is room for them."""
         low, high = self.options.low, self.options.high
         points = points[: len(index) * radii.shape[1]]
         launch = launch_arguments(self.x)
         core.perturb(self.x, self.direction, index, radii, low, high, points, count, **launch)
-        return for_core(logits_of(model(points), len(points)), self.x)
+        return for_core(logits_of(self.model(points), len(points)), self.x)
 
-    def run(self, model: Model, chunk: int) -> None:
+    def run(self) -> None:
         """Probe until no row is active. Finished rows leave the batch, and waiting ones fill it."""
         n, device = len(self.x), self.x.device
         index = torch.arange(n, dtype=torch.int32, device=device)
         count = torch.full((1,), n, dtype=torch.int32, device=device)
-        active = ActiveCount(device, total=n, sure=self.options.least_rounds)
-        rows = max(1, chunk // self.options.probes)
+        active = ActiveCount(device, total=n, sure=self.least_rounds)
+        rows = max(1, min(self.options.batch_size or n, n) // self.options.probes)
         points = empty_rows_like(self.x, rows * self.options.probes, self.x.dtype)
         while True:
             self.compact(index, count)
@@ -135,7 +139,13 @@ class Search:
                 return
             for i, part in enumerate(index.split(rows)):
                 left = count if i == 0 else (count - i * rows).clamp_min_(0)
-                self.step(model, part, points, left)
+                self.step(part, points, left)
+
+    @property
+    def least_rounds(self) -> int:
+        """No row settles in fewer rounds, unless it is not finite or cannot move."""
+        # One probe a round shows one side of the flip only.
+        return 2 if self.options.method == "bs" and self.options.probes == 1 else 1
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:

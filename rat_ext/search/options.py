@@ -1,15 +1,34 @@
-"""The options of a search, checked before work starts."""
+"""The options of a search. Each is defined once, in `SearchOptions`: name, type, default, help.
+
+The signatures of `robust_radius` and its relatives, their documentation and the command line are
+made from these definitions.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypedDict,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor
 
-from .attack import TARGETED, Attack, AttackFunction, _checked_attacks, _either, _require_choice
+from .attack import Attack, AttackFunction, Norm, require_choice, resolve
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 WIDE = {
     torch.float16: torch.float32,
@@ -19,13 +38,193 @@ WIDE = {
 }
 """The dtype of radii and of the search's arithmetic, for each dtype of the input."""
 
+MAX_PROBES = 32  # kMaxProbes of csrc/rule/bracket.h
 
-MAX_PROBES = 32  # kMaxProbes of csrc/search_rule.h
+
+@dataclass(frozen=True)
+class Option:
+    """What an option is, beside its name: the metadata of a key of `SearchOptions`."""
+
+    default: Any
+    help: str
+    complaint: Callable[[Any], str | None] = lambda value: None
+    """What is wrong with a value, for an error; None if nothing is."""
+    type: Any = None
+    """Filled in from the annotation."""
+
+
+def _one_of(*choices: str) -> Callable[[Any], str | None]:
+    expected = " or ".join(map(repr, choices))
+    return lambda value: None if value in choices else f"expected {expected}"
+
+
+def _positive(value: Any) -> str | None:
+    fine = value is None or (value > 0 and math.isfinite(value))
+    return None if fine else "it must be positive and finite"
+
+
+def _count(value: Any) -> str | None:
+    return None if value is None or value >= 1 else "it must be at least 1, or None"
+
+
+def _probes(value: Any) -> str | None:
+    return None if 1 <= value <= MAX_PROBES else f"it must be from 1 to {MAX_PROBES}"
+
+
+class SearchOptions(TypedDict, total=False):
+    """The options of `rat_ext.robust_radius`, which may all be left out."""
+
+    method: Annotated[
+        Literal["bs", "fast"],
+        Option(
+            "bs",
+            '"bs" narrows a bracket around the flip; "fast" extrapolates the logits linearly from '
+            "one extra forward at radius ``h`` (radius = lower = upper; may exceed eps_max).",
+            _one_of("bs", "fast"),
+        ),
+    ]
+    rtol: Annotated[
+        float, Option(1e-2, "a bracket is narrow enough when upper - lower <= rtol * upper.")
+    ]
+    bounds: Annotated[
+        tuple[float, float], Option((0.0, 1.0), "smallest and largest value of an input element.")
+    ]
+    temperature: Annotated[
+        float,
+        Option(
+            1.0, "softmax temperature of the cross-entropy that directs the ray; > 0.", _positive
+        ),
+    ]
+    eps_max: Annotated[
+        float | None,
+        Option(
+            None,
+            "how far to search; default the largest distance of two points in the bounds: their "
+            "width, times the square root of the elements for L2.",
+            _positive,
+        ),
+    ]
+    attack: Annotated[
+        str | AttackFunction | Sequence[str | AttackFunction],
+        Option(
+            "fgsm",
+            "how the change of prediction is looked for; see `rat_ext.attacks`. "
+            '"fgsm" is the ray above, "fgsm_l2" that of the gradient scaled to L2 norm 1. "pgd" '
+            'and "pgd_l2" attack anew at each radius. "deepfool", "fmn" and "fab", each also with '
+            '"_l2", and functions ``(model, x, y) -> x_adv`` choose the ray that is searched. '
+            '"best", "best_l2" or a sequence of attacks of one norm: the smallest radius counts.',
+        ),
+    ]
+    batch_size: Annotated[
+        int | None,
+        Option(
+            None,
+            "most rows in one forward; default all of x. Does not change the results beyond "
+            "rounding.",
+            _count,
+        ),
+    ]
+    h: Annotated[float, Option(1e-3, 'step of method "fast", in the units of x.', _positive)]
+    search: Annotated[
+        Literal["interpolate", "bisect"],
+        Option(
+            "interpolate",
+            '"interpolate", or "bisect" for plain doubling from 1e-6 and bisection (slower).',
+            _one_of("interpolate", "bisect"),
+        ),
+    ]
+    probes: Annotated[
+        int,
+        Option(
+            1,
+            "points probed per sample and forward. More than one spends rows to save rounds, for "
+            "small batches on a device that they leave idle. Not for PGD.",
+            _probes,
+        ),
+    ]
+    norm: Annotated[
+        Norm | None,
+        Option(
+            None,
+            'that of the distance, "linf" (default) or "l2", where ``attack`` is a function; named '
+            "attacks have theirs.",
+        ),
+    ]
+    target: Annotated[
+        Literal["runner-up"] | None,
+        Option(
+            None,
+            '"runner-up" directs fgsm and pgd at the second most likely class at x instead of away '
+            "from the prediction. Any change of the prediction still counts.",
+        ),
+    ]
+    steps: Annotated[
+        int | None,
+        Option(
+            None,
+            "iterations of PGD (default 10) and of the libraries' attacks (default theirs).",
+            _count,
+        ),
+    ]
+
+
+OPTIONS: dict[str, Option] = {
+    name: replace(hint.__metadata__[0], type=get_args(hint)[0])
+    for name, hint in get_type_hints(SearchOptions, include_extras=True).items()
+}
+"""The definitions by name."""
+
+_Documented = TypeVar("_Documented", bound=Callable[..., Any])
+
+
+def shows_options(without: Collection[str] = ()) -> Callable[[_Documented], _Documented]:
+    """Decorator for a function or class that takes ``**options: Unpack[SearchOptions]``.
+
+    Gives it a signature that lists them, with their defaults, and puts their help in place of
+    ``{options}`` in its docstring.
+    """
+
+    def decorate(target: _Documented) -> _Documented:
+        signature = inspect.signature(target)
+        shown = {name: option for name, option in OPTIONS.items() if name not in without}
+        listed = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=option.default,
+                annotation=option.type,
+            )
+            for name, option in shown.items()
+        ]
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        target.__signature__ = signature.replace(parameters=[*own, *listed])  # type: ignore[attr-defined]
+        if target.__doc__ and "{options}" in target.__doc__:  # no docstring under python -OO
+            target.__doc__ = _with_help(target.__doc__, shown)
+        return target
+
+    return decorate
+
+
+def _with_help(doc: str, options: dict[str, Option]) -> str:
+    before, _, after = doc.partition("{options}")
+    indent = before[before.rindex("\n") + 1 :]
+    paragraphs = (
+        textwrap.fill(
+            f"{name}: {option.help}",
+            100,
+            initial_indent=indent,
+            subsequent_indent=indent + "    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, option in options.items()
+    )
+    return before[: -len(indent)] + "\n".join(paragraphs) + after
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `rat_ext.robust_radius`, with their defaults filled in."""
+    """The options of one search, checked and with their defaults filled in."""
 
     method: str
     rtol: float
@@ -42,7 +241,7 @@ class Options:
     steps: int | None
 
     @property
-    def norm(self) -> str:
+    def norm(self) -> Norm:
         """Of all the attacks."""
         return self.attacks[0].norm
 
@@ -56,107 +255,92 @@ class Options:
         # rounded away. Inputs in half precision are coarser still, but not near their low end.
         return (self.high - self.low) * 2.0**-24
 
-    @property
-    def least_rounds(self) -> int:
-        """No row settles in fewer rounds, unless it is not finite or cannot move."""
-        if any(attack.kind == "pgd" for attack in self.attacks):
-            return 0  # its rounds are dear: none is spent on a row that is settled or not finite
-        # One probe a round shows one side of the flip only.
-        return 2 if self.method == "bs" and self.probes == 1 else 1
-
     @classmethod
-    def checked(
-        cls,
-        x: Tensor,
-        method: str = "bs",
-        rtol: float = 1e-2,
-        bounds: tuple[float, float] = (0.0, 1.0),
-        temperature: float = 1.0,
-        eps_max: float | None = None,
-        attack: str | AttackFunction | Sequence[str | AttackFunction] = "fgsm",
-        batch_size: int | None = None,
-        h: float = 1e-3,
-        search: str = "interpolate",
-        probes: int = 1,
-        *,
-        norm: str | None = None,
-        target: str | None = None,
-        steps: int | None = None,
-    ) -> Options:
-        _require_choice("method", method, ("bs", "fast"))
-        attacks = _checked_attacks(attack, norm)
-        names = ", ".join(repr(each.name) for each in attacks)
-        if method == "fast" and names != "'fgsm'":
-            raise ValueError(
-                f"method 'fast' extrapolates along the FGSM ray and takes attack 'fgsm' alone, not "
-                f"{names}; use method='bs'"
-            )
-        _require_choice("search", search, ("interpolate", "bisect"))
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x is a {type(x).__name__}; expected a torch.Tensor")
-        if x.dtype not in WIDE:
+    def checked(cls, x: Tensor, **given: Unpack[SearchOptions]) -> Options:
+        """The options for inputs x, of which only the type and shape are looked at."""
+        if unknown := given.keys() - OPTIONS.keys():
             raise TypeError(
-                f"x is {x.dtype}; expected a floating-point tensor. Scale integer images first, "
-                "for example x.float() / 255"
+                f"got an unexpected keyword argument {min(unknown)!r}; the options of a search are "
+                f"{', '.join(OPTIONS)}"
             )
-        if x.ndim < 2:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; expected a batch (N, ...). Use x[None] for one "
-                "sample"
-            )
-        if len(bounds) != 2 or not (math.isfinite(bounds[0]) and math.isfinite(bounds[1])):
-            raise ValueError(f"bounds is {bounds}; expected two finite numbers (low, high)")
-        low, high = map(float, bounds)
-        if not low < high:
-            raise ValueError(f"bounds is {bounds}; low must be below high")
+        value: dict[str, Any] = {name: option.default for name, option in OPTIONS.items()}
+        value.update(given)
+        for name, option in OPTIONS.items():
+            if complaint := option.complaint(value[name]):
+                raise ValueError(f"{name} is {value[name]!r}; {complaint}")
+        attacks = resolve(value["attack"], value["norm"])
+        _check_input_type(x)
+        low, high = _checked_bounds(value["bounds"])
         finest = 64 * torch.finfo(WIDE[x.dtype]).eps
-        if not finest <= rtol < 1:
+        if not finest <= value["rtol"] < 1:
             raise ValueError(
-                f"rtol is {rtol}; for {x.dtype} inputs it must be at least {finest:.1e} and below "
-                "1. For a finer one use float64 inputs and a float64 model"
+                f"rtol is {value['rtol']}; for {x.dtype} inputs it must be at least {finest:.1e} "
+                "and below 1. For a finer one use float64 inputs and a float64 model"
             )
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature is {temperature}; it must be positive and finite")
+        _check_together(value, attacks)
+        eps_max = value["eps_max"]
         if eps_max is None:  # the largest distance of two points in the bounds
             eps_max = high - low
             if attacks[0].norm == "l2":
                 eps_max *= math.sqrt(math.prod(x.shape[1:]))
-        if not (eps_max > 0 and math.isfinite(eps_max)):
-            raise ValueError(f"eps_max is {eps_max}; it must be positive and finite")
-        if not (h > 0 and math.isfinite(h)):
-            raise ValueError(f"h is {h}; it must be positive and finite")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None")
-        if not 1 <= probes <= MAX_PROBES:
-            raise ValueError(f"probes is {probes}; it must be from 1 to {MAX_PROBES}")
-        if probes > 1 and any(each.kind == "pgd" for each in attacks):
-            raise ValueError(f"probes is {probes}; attack 'pgd' takes one at a time: use probes=1")
-        if target is not None:
-            _require_choice("target", target, ("runner-up",))
-            if not any(each.kind in TARGETED for each in attacks):
-                raise ValueError(f"target is for the attacks {_either(TARGETED)}; got {names}")
-        if steps is not None:
-            if steps < 1:
-                raise ValueError(f"steps is {steps}; it must be at least 1, or None")
-            if not any(each.library or each.kind == "pgd" for each in attacks):
-                raise ValueError(f"steps is for iterative attacks with a name; got {names}")
-        if method == "fast":
-            probes = 1
         return cls(
-            method=method,
-            rtol=rtol,
+            method=value["method"],
+            rtol=value["rtol"],
             low=low,
             high=high,
-            temperature=temperature,
+            temperature=value["temperature"],
             eps_max=eps_max,
-            batch_size=batch_size,
-            h=h,
-            bisect=search == "bisect",
-            probes=probes,
+            batch_size=value["batch_size"],
+            h=value["h"],
+            bisect=value["search"] == "bisect",
+            probes=1 if value["method"] == "fast" else value["probes"],
             attacks=attacks,
-            target=target,
-            steps=steps,
+            target=value["target"],
+            steps=value["steps"],
         )
+
+
+def _check_input_type(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; expected a torch.Tensor")
+    if x.dtype not in WIDE:
+        raise TypeError(
+            f"x is {x.dtype}; expected a floating-point tensor. Scale integer images first, "
+            "for example x.float() / 255"
+        )
+    if x.ndim < 2:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected a batch (N, ...). Use x[None] for one sample"
+        )
+
+
+def _checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    if len(bounds) != 2 or not (math.isfinite(bounds[0]) and math.isfinite(bounds[1])):
+        raise ValueError(f"bounds is {bounds}; expected two finite numbers (low, high)")
+    low, high = map(float, bounds)
+    if not low < high:
+        raise ValueError(f"bounds is {bounds}; low must be below high")
+    return low, high
+
+
+def _check_together(value: dict[str, Any], attacks: tuple[Attack, ...]) -> None:
+    """Raise if options that are each fine do not go together."""
+    names = ", ".join(repr(each.name) for each in attacks)
+    if value["method"] == "fast" and names != "'fgsm'":
+        raise ValueError(
+            f"method 'fast' extrapolates along the FGSM ray and takes attack 'fgsm' alone, not "
+            f"{names}; use method='bs'"
+        )
+    if value["probes"] > 1 and (slow := [each.name for each in attacks if each.one_probe]):
+        raise ValueError(
+            f"probes is {value['probes']}; attack {slow[0]!r} takes one at a time: use probes=1"
+        )
+    if value["target"] is not None:
+        require_choice("target", value["target"], ("runner-up",))
+        if not any(each.by_gradient for each in attacks):
+            raise ValueError(f"target is for the attacks 'fgsm' or 'pgd'; got {names}")
+    if value["steps"] is not None and not any(each.iterative for each in attacks):
+        raise ValueError(f"steps is for iterative attacks with a name; got {names}")
 
 
 def bounds_error(outside: Tensor, rows: int, options: Options) -> ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -121,3 +121,42 @@ class LoaderRadii(NamedTuple):
     radius: Tensor
     prediction: Tensor
     target: Tensor | None
+
+
+def smallest(results: Sequence[RadiusResult]) -> RadiusResult:
+    """For each row the result with the smallest radius, and what all of them took together."""
+    # Not found is worse than any radius, and not finite worse than that. The first of equals wins.
+    worst = torch.finfo(results[0].radius.dtype).max
+    radius = torch.stack([result.radius for result in results])
+    won = radius.nan_to_num(nan=math.inf, posinf=worst).argmin(0)
+
+    def of_winner(name: str) -> Tensor:
+        return torch.stack([getattr(result, name) for result in results]).gather(0, won[None])[0]
+
+    def total(name: str) -> Any:
+        return sum(getattr(result, name) for result in results)
+
+    chosen = ("radius", "lower", "upper", "found", "prediction", "flipped_to")
+    summed = ("forward_rows", "backward_rows", "fallbacks", "worst_case_rows")
+    return replace(
+        results[0],
+        won=won,
+        **{name: of_winner(name) for name in chosen},
+        **{name: total(name) for name in summed},
+    )
+
+
+def best(results: Sequence[RadiusResult]) -> RadiusResult:
+    """The smallest of the results of different attacks."""
+    if len(results) == 1:
+        return results[0]
+    found = smallest(results)
+    # Each of the other attacks began with a forward and a backward of its own.
+    others = len(results) - 1
+    return replace(
+        found,
+        forward_rows=found.forward_rows + others,
+        backward_rows=found.backward_rows + others,
+        worst_case_rows=found.worst_case_rows + others,
+        attacks=tuple(name for result in results for name in result.attacks),
+    )

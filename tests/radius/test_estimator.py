@@ -21,11 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import rat_ext
 from rat_ext import RadiusEstimator, RadiusResult, robust_radius
 from rat_ext.radius import graphs as graphs_module
 from rat_ext.search import bracket_search
-from rat_ext.search.options import Options
 
 MODES = ["eager", "device loop", "replay loop"]
 
@@ -316,69 +314,7 @@ def test_a_stream_waits_for_the_call_before(monkeypatch, failing):
     ]
 
 
-# --- Searching in bfloat16 ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_bf16_brackets_hold_in_float32(mode):
-    model, x = mlp().float(), uniform(40, 12, dtype=torch.float32)
-    expected = robust_radius(model, x, full=True)
-    result = estimator_in(mode, model, x[:16], precision="bf16", rtol=1e-3)(x)
-    assert torch.equal(result.prediction, expected.prediction)
-    assert torch.equal(result.found, expected.found)
-    found = result.found
-    torch.testing.assert_close(result.radius[found], expected.radius[found], rtol=1.1e-2, atol=0)
-    assert (result.upper - result.lower <= 1e-3 * result.upper)[found].all()
-    direction, _, y = rat_ext.reference.fgsm_direction(model, x, 1.0)
-    options = Options.checked(x)
-    on_ray = rat_ext.reference.on_ray
-    assert torch.equal(model(on_ray(x, direction, result.lower, options)).argmax(1), y)
-    at_upper = model(on_ray(x, direction, result.upper.where(found, 0), options)).argmax(1)
-    assert (at_upper != y)[found].all()
-    assert torch.equal(at_upper[found], result.flipped_to[found])
-    assert (result.forward_rows <= result.worst_case_rows).all()
-
-
-@pytest.mark.parametrize("wrong", [0.3, 3.0, math.nan])
-@pytest.mark.parametrize("mode", MODES)
-def test_bf16_brackets_that_do_not_hold_are_searched_again(mode, wrong):
-    exact = RowExact()
-
-    def model(x: Tensor) -> Tensor:
-        logits = exact(x)
-        if torch.is_autocast_enabled("cpu"):  # misjudges the odd rows
-            misjudged = logits[:, [1, 2, 3, 0]] * wrong
-            logits = misjudged.where(x[:, :1] > 0.5, logits)
-        return logits
-
-    x = uniform(24, 12, dtype=torch.float32)
-    x[:, 0] = torch.tensor([0.1, 0.9]).repeat(12)
-    expected = robust_radius(exact, x, full=True, eps_max=0.3)
-    result = estimator_in(mode, model, x[:8], precision="bf16", eps_max=0.3)(x)
-    assert_identical(result, expected, rows_too=False)
-    searched = expected.forward_rows > 0
-    extra = result.forward_rows - expected.forward_rows
-    assert (extra[searched] >= 2).all()
-    assert (extra[0::2][searched[0::2]] == 2).all()
-    if not math.isnan(wrong):  # a probe that is not finite is not counted
-        assert (extra[1::2] > 2).any()
-
-
-def test_bf16_runs_the_probes_alone_under_autocast():
-    dtypes = []
-
-    def model(x: Tensor) -> Tensor:
-        enabled = torch.is_autocast_enabled("cpu")
-        dtypes.append(torch.get_autocast_dtype("cpu") if enabled else x.dtype)
-        return exact(x)
-
-    exact, x = RowExact(), uniform(4, 12, dtype=torch.float32)
-    estimator = RadiusEstimator(model, x, precision="bf16")
-    dtypes.clear()
-    estimator(x)
-    probes = [torch.bfloat16] * (len(dtypes) - 2)
-    assert dtypes == [torch.float32, *probes, torch.float32]
-    assert probes
+# --- Autocast -------------------------------------------------------------------------------------
 
 
 def test_autocast_is_that_of_the_construction():
@@ -478,8 +414,6 @@ def test_threads_take_turns(mode):
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
-        (ValueError, "precision is 'fp8'", {"precision": "fp8"}),
-        (ValueError, "needs method='bs'", {"precision": "bf16", "method": "fast"}),
         (TypeError, "that of example_x", {"batch_size": 3}),
         (ValueError, "method is 'fats'", {"method": "fats"}),
         (ValueError, "outside bounds", {"bounds": (0.0, 0.1)}),
