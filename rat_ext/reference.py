@@ -150,7 +150,7 @@ def steepest(gradient: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return gradient.sign()
     length = gradient.flatten(1).norm(dim=1)
-    return gradient / length.where(length != 0, 1).view(-1, *[1] * (gradient.ndim - 1))
+    return gradient.div(length.where(length != 0, 1).view(-1, *[1] * (gradient.ndim - 1)))
 
 
 def textbook_direction(model: Model, x: Tensor, y: Tensor, temperature: float) -> Tensor:

@@ -52,9 +52,9 @@ class AttackRay(VectorRay):
         x = x.where(like_rows(x.flatten(1).isfinite().all(1), x), options.low)
         low, width = (options.low, options.high - options.low) if attack.library else (0.0, 1.0)
         watched = WatchedModel(self.model, x, low, width)
-        run = attack.function or functools.partial(
-            _LIBRARIES[attack.library], attack, options.steps
-        )
+        run: Any = attack.function
+        if attack.library:
+            run = functools.partial(_LIBRARIES[attack.library], attack, options.steps)
         start = (x - low) / width
         if attack.library:
             start.clamp_(0, 1)  # what rounding did
@@ -91,13 +91,18 @@ class WatchedModel(nn.Module):
         super().__init__()
         self.training = False
         self.device_of = nn.Parameter(x.new_empty(0), requires_grad=False)  # libraries ask for it
-        self.run = lambda u: logits_of(model((low + width * u).to(x.dtype)), len(u)).to(u.dtype)
+        self.model, self.dtype, self.low, self.width = model, x.dtype, low, width
         self.forwards = self.backwards = 0
+
+    def run(self, u: Tensor) -> Tensor:
+        x = (self.low + self.width * u).to(self.dtype)
+        return logits_of(self.model(x), len(u)).to(u.dtype)
 
     def forward(self, u: Tensor) -> Tensor:
         self.forwards += len(u)
         if u.requires_grad and torch.is_grad_enabled():
-            return _ToTheInput.apply(u, self)
+            logits: Tensor = _ToTheInput.apply(u, self)
+            return logits
         with torch.no_grad():
             return self.run(u)
 
@@ -111,7 +116,8 @@ class _ToTheInput(torch.autograd.Function):
             ctx.leaf = u.detach().requires_grad_()
             ctx.logits = watched.run(ctx.leaf)
         ctx.watched = watched
-        return ctx.logits.detach()
+        logits: Tensor = ctx.logits.detach()
+        return logits
 
     @staticmethod
     @once_differentiable
@@ -137,7 +143,8 @@ def _foolbox(
     }
     run = kinds[attack.name](**({} if steps is None else {"steps": steps})).run
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=u.device)
-    return run(wrapped, u, foolbox.criteria.Misclassification(y))
+    found: Tensor = run(wrapped, u, foolbox.criteria.Misclassification(y))
+    return found
 
 
 def _torchattacks(
@@ -149,7 +156,7 @@ def _torchattacks(
     options = {} if steps is None else {"steps": steps}
     # eps is where it gives up; nothing in the bounds is that far.
     start = u.float()  # the one dtype that it knows
-    found = torchattacks.FAB(model, norm=norm, eps=math.inf, **options)(start, y)
+    found: Tensor = torchattacks.FAB(model, norm=norm, eps=math.inf, **options)(start, y)
     return u + (found - start)
 
 

@@ -19,7 +19,8 @@ def length(vectors: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return largest
     scale = largest.clamp_min(torch.finfo(vectors.dtype).tiny)
-    return scale * (vectors / like_rows(scale, vectors)).flatten(1).norm(dim=1)
+    scaled = (vectors / like_rows(scale, vectors)).flatten(1)
+    return scale.mul(scaled.norm(dim=1))
 
 
 def unit(vectors: Tensor, norm: str) -> Tensor:

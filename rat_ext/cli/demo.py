@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from .. import demo
-from .inputs import Formatter
+from .inputs import Commands, Formatter
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "demo",
         help="the method on handwritten digits: a table and an HTML report",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .._common.loaders import labelled_batches
 from .._common.storage import write_whole
@@ -13,6 +12,7 @@ from ..detector import Detector
 from ..detector.file import require_safetensors
 from ..scores import Cascade
 from .inputs import (
+    Commands,
     Formatter,
     add_classifier,
     add_data,
@@ -22,11 +22,8 @@ from .inputs import (
     use_device,
 )
 
-if TYPE_CHECKING:
-    pass
 
-
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "detector", help="fit a gate that accepts trustworthy predictions, or put it to use"
     )

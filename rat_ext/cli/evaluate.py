@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .. import datasets, evaluation
-from .inputs import Formatter, add_classifier, add_data, load_classifier, load_data, use_device
+from .inputs import (
+    Commands,
+    Formatter,
+    add_classifier,
+    add_data,
+    load_classifier,
+    load_data,
+    use_device,
+)
 
-if TYPE_CHECKING:
-    pass
 
-
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Commands) -> None:
     default = evaluation.Settings()
     parser = commands.add_parser(
         "evaluate",

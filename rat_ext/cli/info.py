@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 from .._build_info import format_build_info
+from .inputs import Commands
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Commands) -> None:
     parser = commands.add_parser("info", help="what was built and what is usable here")
     parser.set_defaults(run=run)
 

@@ -8,13 +8,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 
 import torch
 import torch.distributed as dist
 
 from .. import datasets, models
 from ..datasets import batches
+from ..search.options import OPTIONS, SearchOptions
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -34,6 +38,31 @@ def add_fields(group: argparse._ArgumentGroup, settings: type, helps: dict[str, 
             group.add_argument(flag, action="store_true", help=text)
         else:
             group.add_argument(flag, type=type(field.default), default=field.default, help=text)
+
+
+def add_search_options(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Options of `robust_radius`, by their definitions."""
+    for name in names:
+        option = OPTIONS[name]
+        kind = option.type
+        if get_origin(kind) in (Union, UnionType):  # the first is what a command line can give
+            kind = get_args(kind)[0]
+        how: dict[str, Any] = {"type": kind}
+        if get_origin(kind) is Literal:
+            how = {"choices": get_args(kind)}
+        elif get_origin(kind) is tuple:
+            how = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+        text = option.help.rstrip(".").replace("`", "").replace("%", "%%")
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, default=option.default, help=text, **how)
+
+
+def search_options(options: argparse.Namespace, *names: str) -> SearchOptions:
+    """What was given for the options that `add_search_options` added."""
+    given: Any = {name: getattr(options, name) for name in names}
+    given["bounds"] = tuple(options.bounds)
+    search: SearchOptions = given
+    return search
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..radius import robust_radii
+from ..search.options import OPTIONS
 from .inputs import (
+    Commands,
     Formatter,
     add_classifier,
     add_data,
+    add_search_options,
     load_classifier,
     load_data,
     make_loader,
+    search_options,
     use_device,
 )
 
-if TYPE_CHECKING:
-    pass
+SEARCH = tuple(name for name in OPTIONS if name != "batch_size")  # that of the loader
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "radii",
         help="the robust radius of every image of a data set, to files",
@@ -35,11 +37,6 @@ def add(commands: argparse._SubParsersAction) -> None:
     add_classifier(parser)
     add_data(parser)
     parser.add_argument("--split", choices=["test", "train"], default="test", help="of the data")
-    parser.add_argument(
-        "--method", choices=["bs", "fast"], default="bs", help="of the search: RR-BS or RR-Fast"
-    )
-    parser.add_argument("--rtol", type=float, default=1e-2, help="relative width of a bracket")
-    parser.add_argument("--temperature", type=float, default=1.0, help="that directs the ray")
     parser.add_argument("--batch-size", type=int, default=250, help="of images")
     parser.add_argument(
         "--batches-per-shard", type=int, default=16, help="batches whose results share a file"
@@ -48,6 +45,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with a run that was interrupted"
     )
+    add_search_options(parser.add_argument_group("search"), *SEARCH)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -61,14 +59,12 @@ def run(options: argparse.Namespace) -> None:
             resume=options.resume,
             batches_per_shard=options.batches_per_shard,
             format=options.format,
-            method=options.method,
-            rtol=options.rtol,
-            temperature=options.temperature,
+            **search_options(options, *SEARCH),
         )
     if rank:
         return
     radii = shards.load()
-    right = radii.prediction == radii.target
+    right = radii.prediction.eq(radii.target)
     print(f"Accuracy {100 * right.double().mean():.2f} % of {len(right):,} images.")
     for name, which in (("right", right), ("wrong", ~right)):
         if which.any():

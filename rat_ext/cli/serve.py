@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,18 +14,19 @@ from ..detector import Detector
 from ..search.options import Options
 from ..serve import Settings
 from .inputs import (
+    Commands,
     Formatter,
     add_classifier,
     add_device,
     add_fields,
+    add_search_options,
     load_classifier,
     model_name,
+    search_options,
     use_device,
 )
 
-if TYPE_CHECKING:
-    pass
-
+SEARCH = ("method", "rtol", "temperature", "bounds")
 
 _SERVE_HELP = {
     "max_batch": "most inputs that the model runs on together",
@@ -40,7 +40,7 @@ _SERVE_HELP = {
 }
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "serve",
         help="predictions over HTTP, each with its radius and a verdict",
@@ -75,22 +75,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="measure no radii beside the detector's confidence",
     )
-    parser.add_argument(
-        "--bounds",
-        type=float,
-        nargs=2,
-        default=[0.0, 1.0],
-        metavar=("LOW", "HIGH"),
-        help="of the model's inputs",
-    )
-    parser.add_argument(
-        "--method",
-        choices=["bs", "fast"],
-        default="bs",
-        help="how radii are measured, unless the detector goes by a radius of its own",
-    )
-    parser.add_argument("--rtol", type=float, default=1e-2, help="relative tolerance of radii")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the radius's direction")
+    add_search_options(parser.add_argument_group("radii"), *SEARCH)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="name or address to listen on")
     group.add_argument("--port", type=int, default=8000, help="0 for a free one")
@@ -116,20 +101,14 @@ def run(options: argparse.Namespace) -> None:
         model.to(device)
         parameter = next(model.parameters(), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
-        bounds = tuple(options.bounds)
-        search = {
-            "method": options.method,
-            "rtol": options.rtol,
-            "temperature": options.temperature,
-            "bounds": bounds,
-        }
+        search = search_options(options, *SEARCH)
         Options.checked(torch.empty(1, *shape, dtype=dtype), **search)
         detector = None
         if options.detector is not None:
             detector = Detector.load(options.detector, model)
         gate = Gate(model, detector, not options.no_radius, device, search)
         gate.warm_up(shape, dtype)
-        decoder = Decoder(shape, dtype, bounds, options.resize, settings.max_pixels)
+        decoder = Decoder(shape, dtype, search["bounds"], options.resize, settings.max_pixels)
         application = app.create_app(gate, decoder, settings, name=name, classes=classes)
         server.serve(
             application, settings, options.host, options.port, access_log=options.access_log

@@ -5,18 +5,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from .. import models
 from .._common.storage import write_whole
 from ..training import Recipe, train
-from .inputs import Formatter, add_data, add_fields, add_model, load_data, use_device
-
-if TYPE_CHECKING:
-    pass
-
+from .inputs import Commands, Formatter, add_data, add_fields, add_model, load_data, use_device
 
 _RECIPE_HELP = {
     "loss": "rat, or ce for plain cross-entropy",
@@ -39,7 +34,7 @@ _RECIPE_HELP = {
 }
 
 
-def add(commands: argparse._SubParsersAction) -> None:
+def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "train",
         help="train a classifier with the RAT loss or plainly",

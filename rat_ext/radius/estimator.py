@@ -191,12 +191,14 @@ class RadiusEstimator:
         n = len(self._x)
         sizes = [*(2**k for k in range(n.bit_length()) if 2**k < n), n]
         cause = "it draws random numbers in eval mode"
+        driver: type[graphs.ReplayLoop]
         for driver in () if draws else (graphs.DeviceLoop, graphs.ReplayLoop):
             try:
                 return self._build(driver(recorder, sizes, self._search.least_rounds))
             except Exception as error:
                 cause = _root_cause(error)
-                recorder = graphs.graphs_for(self._device)  # with a stream that is not capturing
+                # With a stream that is not capturing:
+                recorder = graphs.graphs_for(self._device) or recorder
         warnings.warn(
             f"the model cannot be captured in CUDA graphs and runs eagerly: {cause}. "
             "capture=False runs eagerly without this warning",

@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 
 
-class _Source:
+class NumberedBatches:
     """A loader whose batches have numbers, and need not be loaded to be passed over.
 
     Attributes:
@@ -25,7 +25,7 @@ class _Source:
         total: how many there were, after `batches` has come to its end.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Any) -> None:
         self.loader, self.total = loader, 0
         # Loaders that iterate in their own way, and streams, are read to be passed over.
         self.by_index = (
@@ -44,7 +44,7 @@ class _Source:
                 "without one: the shards are divided among the processes here"
             )
         try:
-            self.length: int | None = len(loader)  # type: ignore[arg-type]
+            self.length: int | None = len(loader)
         except TypeError:
             self.length = None
 
@@ -71,11 +71,11 @@ class _Source:
         raise ValueError("the loader gave no batch")
 
     @property
-    def _sampler(self) -> Iterable[Any]:
+    def _sampler(self) -> Any:
         batched = self.loader.batch_sampler is not None
         return self.loader.batch_sampler if batched else self.loader.sampler
 
-    def _with(self, sampler: _Wanted, **changes: Any) -> DataLoader:
+    def _with(self, sampler: _Wanted, **changes: Any) -> DataLoader[Any]:
         """The loader with another sampler of batches."""
         names = "collate_fn num_workers pin_memory timeout worker_init_fn generator"
         settings = {name: getattr(self.loader, name) for name in names.split()} | changes
@@ -87,7 +87,7 @@ class _Source:
         return DataLoader(self.loader.dataset, batch_sampler=sampler, **settings)
 
 
-class _Wanted(Sampler):
+class _Wanted(Sampler[Any]):
     """The batches of a sampler whose numbers are wanted; counts all of them."""
 
     def __init__(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._common.user_model import Model
-from ..search.options import SearchOptions
+from ..search.options import SearchOptions, shows_options
 from ..search.result import LoaderRadii
 from .shards import RadiusShards, batch_radii, write_radii
 
@@ -20,10 +20,28 @@ if TYPE_CHECKING:
 
 @overload
 def robust_radii(
-    model: Model, loader: Iterable[Any], *, out: str | Path, **options: Unpack[SearchOptions]
+    model: Model,
+    loader: Iterable[Any],
+    *,
+    device: torch.device | str | None = ...,
+    progress: bool = ...,
+    out: None = ...,
+    **options: Unpack[SearchOptions],
+) -> LoaderRadii: ...
+@overload
+def robust_radii(
+    model: Model,
+    loader: Iterable[Any],
+    *,
+    device: torch.device | str | None = ...,
+    progress: bool = ...,
+    out: str | Path,
+    resume: bool = ...,
+    batches_per_shard: int = ...,
+    format: str = ...,
+    **options: Unpack[SearchOptions],
 ) -> RadiusShards: ...
-
-
+@shows_options()
 def robust_radii(
     model: Model,
     loader: Iterable[Any],

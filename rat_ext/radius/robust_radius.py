@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._common.user_model import Model, check_device, undisturbed, warn_not_finite
 from ..attacks.borrowed import AttackRay
+from ..search.attack import Searching
 from ..search.options import Options, SearchOptions, shows_options
 from ..search.result import RadiusResult, best
 from ..search.tensors import checked_input, differentiable_logits, with_dense_rows
@@ -92,7 +93,8 @@ def temperature_sweep(
         raise ValueError("temperatures is empty; give at least one")
     if {"temperature", "full"} & options.keys():
         raise TypeError("temperature_sweep takes temperatures, and always returns full results")
-    runs = [Options.checked(x, **{**options, "temperature": t}) for t in temperatures]
+    each_at: list[SearchOptions] = [{**options, "temperature": t} for t in temperatures]
+    runs = [Options.checked(x, **at) for at in each_at]
     if not len(x):
         return [RadiusResult.empty(x, run) for run in runs]
     with _ready(model, x, runs[0]) as (x, finite):
@@ -106,21 +108,21 @@ def temperature_sweep(
 
 def _searched(model: Model, x: Tensor, options: Options, finite: Tensor) -> RadiusResult:
     """What the one attack of the options finds."""
-    search = None
+    search: Any = None
     for begin, leaf, logits in _forwards(model, x, options):
-        if search is None:
-            search = _new_search(model, x, logits.shape[1], options)
+        search = search or _new_search(model, x, logits.shape[1], options)
         search.aim(leaf, logits, begin)
     search.exclude(~finite)
     search.run()
-    return search.result()
+    result: RadiusResult = search.result()
+    return result
 
 
 def _swept(model: Model, x: Tensor, runs: Sequence[Options], finite: Tensor) -> list[RadiusResult]:
     """As `_searched`, for options that differ in their temperature alone."""
     if not runs[0].attacks[0].by_gradient:  # temperature plays no part
         return [_searched(model, x, runs[0], finite)] * len(runs)
-    searches: list[Any] = []
+    searches: list[Searching] = []
     for begin, leaf, logits in _forwards(model, x, runs[0]):
         searches = searches or [_new_search(model, x, logits.shape[1], run) for run in runs]
         for i, search in enumerate(searches):
@@ -131,7 +133,7 @@ def _swept(model: Model, x: Tensor, runs: Sequence[Options], finite: Tensor) -> 
     return [search.result() for search in searches]
 
 
-def _new_search(model: Model, x: Tensor, classes: int, options: Options) -> Any:
+def _new_search(model: Model, x: Tensor, classes: int, options: Options) -> Searching:
     # A function of the user's has no entry in the table of attacks.
     kind = options.attacks[0].search or AttackRay
     return kind(model, x, classes, options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .._common.user_model import Model
 from .._core import __version__
 from ..search.options import Options, SearchOptions
 from ..search.result import LoaderRadii, RadiusResult
-from .numbered_batches import _Source
+from .numbered_batches import NumberedBatches
 from .robust_radius import robust_radius
 
 MANIFEST = "_run.json"  # readers of a folder of Parquet files ignore what begins with _
@@ -58,7 +59,7 @@ class RadiusShards:
     @property
     def complete(self) -> bool:
         """The run got to the end of its loader."""
-        return self.manifest["complete"]
+        return bool(self.manifest["complete"])
 
     def numbers(self) -> list[int]:
         """Of the shards that are there, in order."""
@@ -95,14 +96,9 @@ class RadiusShards:
                 f"the run in {self.folder} is not complete: go on with resume=True, or iterate "
                 "over the shards that are there"
             )
-        wanted = [{k: shard.get(k) for k in LoaderRadii._fields} for shard in self]
-        columns = {name: [shard[name] for shard in wanted] for name in LoaderRadii._fields}
-        has_target = columns["target"][0] is not None
-        return LoaderRadii(
-            torch.cat(columns["radius"]),
-            torch.cat(columns["prediction"]),
-            torch.cat(columns["target"]) if has_target else None,
-        )
+        parts = [{k: v for k, v in shard.items() if k in LoaderRadii._fields} for shard in self]
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return LoaderRadii(columns["radius"], columns["prediction"], columns.get("target"))
 
     def _mark_complete(self, batches: int) -> None:
         """Record that all batches of the loader are in the shards."""
@@ -145,7 +141,7 @@ def write_radii(
     from tqdm.auto import tqdm
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    source = _Source(loader)
+    source = NumberedBatches(loader)
     manifest = _manifest(model, source, batches_per_shard, format, options)
     shards = _open_together(Path(out), manifest, resume, rank, world)
     if shards.complete:
@@ -158,15 +154,13 @@ def write_radii(
     def is_left(position: int) -> bool:
         return is_mine(position) and position // batches_per_shard not in done
 
-    mine, left = (
-        sum(map(which, range(source.length))) if source.length is not None else None
-        for which in (is_mine, is_left)
-    )
+    total = None if source.length is None else sum(map(is_mine, range(source.length)))
+    left = sum(map(is_left, range(source.length or 0)))
     with tqdm(
         desc="robust radius",
         unit="batch",
-        initial=mine - left if mine else 0,
-        total=mine,
+        initial=total - left if total else 0,
+        total=total,
         disable=not progress or rank > 0,
     ) as bar:
         numbered = source.batches(is_left)
@@ -177,7 +171,7 @@ def write_radii(
                 bar.update()
             columns = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
             write = _FORMATS[format][1]
-            write_whole(shards.path(number), lambda path, c=columns, w=write: w(path, c))
+            write_whole(shards.path(number), partial(write, columns))
     if not source.total:
         raise ValueError("the loader gave no batch")
     if world > 1:
@@ -215,7 +209,7 @@ def _columns(
 
 def _manifest(
     model: Model,
-    source: _Source,
+    source: NumberedBatches,
     batches_per_shard: int,
     format: str,
     options: SearchOptions,
@@ -238,7 +232,8 @@ def _manifest(
         "format": format,
         "complete": False,
     }
-    return json.loads(json.dumps(manifest))
+    as_read: dict[str, Any] = json.loads(json.dumps(manifest))
+    return as_read
 
 
 def _open_together(
@@ -299,9 +294,9 @@ def _read_npz(path: Path) -> Columns:
         return {name: archive[name] for name in archive.files}
 
 
-def _write_npz(path: Path, columns: Columns) -> None:
+def _write_npz(columns: Columns, path: Path) -> None:
     with path.open("wb") as file:  # to a name, numpy would add .npz
-        np.savez(file, **columns)
+        np.savez(file, **columns)  # type: ignore[arg-type]  # its stub knows one option, too
 
 
 def _read_parquet(path: Path) -> Columns:
@@ -310,7 +305,7 @@ def _read_parquet(path: Path) -> Columns:
     return {name: table[name].to_numpy().copy() for name in table.column_names}
 
 
-def _write_parquet(path: Path, columns: Columns) -> None:
+def _write_parquet(columns: Columns, path: Path) -> None:
     import pyarrow
 
     _parquet().write_table(pyarrow.table(columns), path)
@@ -324,7 +319,7 @@ def _parquet() -> Any:
     return parquet
 
 
-_FORMATS: dict[str, tuple[Callable[[Path], Columns], Callable[[Path, Columns], None]]] = {
+_FORMATS: dict[str, tuple[Callable[[Path], Columns], Callable[[Columns, Path], None]]] = {
     "npz": (_read_npz, _write_npz),
     "parquet": (_read_parquet, _write_parquet),
 }

@@ -11,17 +11,31 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
+
+from .._common.user_model import Model
 
 Norm = Literal["linf", "l2"]
 
 AttackFunction = Callable[[Any, Tensor, Tensor], Tensor]
 """From (model, x, y) to inputs near x that the model should not classify as y."""
 
-SearchFactory = Callable[..., Any]
-"""From (model, x, classes, options) to a search, such as `bracket_search.BracketSearch`."""
+
+class Searching(Protocol):
+    """The search of an attack; `bracket_search.BracketSearch` says what its methods do."""
+
+    def aim(
+        self, leaf: Tensor, logits: Tensor, begin: int = 0, retain_graph: bool = False
+    ) -> None: ...
+    def exclude(self, rows: Tensor) -> None: ...
+    def run(self) -> None: ...
+    def result(self) -> Any: ...
+
+
+SearchFactory = Callable[[Model, Tensor, int, Any], Searching]
+"""From (model, x, classes, options) to a search."""
 
 _Factory = TypeVar("_Factory", bound=SearchFactory)
 

@@ -138,12 +138,9 @@ def smallest(results: Sequence[RadiusResult]) -> RadiusResult:
 
     chosen = ("radius", "lower", "upper", "found", "prediction", "flipped_to")
     summed = ("forward_rows", "backward_rows", "fallbacks", "worst_case_rows")
-    return replace(
-        results[0],
-        won=won,
-        **{name: of_winner(name) for name in chosen},
-        **{name: total(name) for name in summed},
-    )
+    values: dict[str, Any] = {name: of_winner(name) for name in chosen}
+    values.update({name: total(name) for name in summed})
+    return replace(results[0], won=won, **values)
 
 
 def best(results: Sequence[RadiusResult]) -> RadiusResult:

@@ -34,7 +34,7 @@ def checked_input(x: Tensor, options: Options) -> Tensor:
     outside = flags == core.INPUT_OUTSIDE
     if outside.any():
         raise bounds_error(x[outside], len(x), options)
-    return flags != core.INPUT_NOT_FINITE
+    return flags.ne(core.INPUT_NOT_FINITE)
 
 
 def input_flags(x: Tensor, options: Options) -> Tensor:
