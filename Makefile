@@ -1,6 +1,6 @@
 # make demo     the main job on real data: a table, and an HTML report in demo-report/
 # make test     the test suite, against the installed package
-# make lint     style of the Python and C++ sources
+# make lint     style and types of the sources, and which file imports which
 # make sanitize the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make docs     the documentation as a site, in build/site; warnings are errors
 # make bench    the benchmarks
@@ -28,6 +28,8 @@ test: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(bin)/ruff check
 	$(bin)/ruff format --check
+	$(bin)/mypy
+	$(bin)/lint-imports
 	$(bin)/clang-format --dry-run -Werror $(cxx_sources)
 
 format: $(VENV)/installed-dev

@@ -544,7 +544,7 @@ def test_the_estimator_has_fgsm_rays_alone(attack):
 
 def test_the_reference_has_fgsm_and_pgd():
     with pytest.raises(
-        ValueError, match="the reference has one of fgsm, .* pgd_l2 at a time, not blob"
+        ValueError, match=r"the reference has one of fgsm, .* pgd_l2 at a time, not blob"
     ):
         reference.robust_radius(RowExact(), X, attack=blob)
     with pytest.raises(ValueError, match=r"regrad=True is a variant of .* attack 'fgsm_l2'"):
