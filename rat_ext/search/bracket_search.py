@@ -153,7 +153,7 @@ class BracketSearch:
         return self.brackets, self.gaps, self.probes
 
     def column(self, name: str) -> Tensor:
-        """(N,) view of one field of the brackets (csrc/search_rule.h)."""
+        """(N,) view of one field of the brackets (csrc/rule/bracket.h)."""
         return self.brackets[:, _COLUMN[name]]
 
     def predicted(self, rows: slice | Tensor) -> Tensor:
