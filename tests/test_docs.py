@@ -47,7 +47,7 @@ def own_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pages_are_found() -> None:
-    assert {"README.md", "index.md", "score.md", "train.md", "large-runs.md"} <= {
+    assert {"README.md", "index.md", "score.md", "train.md", "large-runs.md", "misd.md"} <= {
         page.name for page in PAGES
     }
 
