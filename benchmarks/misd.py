@@ -1,11 +1,12 @@
-"""Does RAT training turn the robust radius into the better detector of errors?  docs/misd.md
+"""Does RAT training turn the robust radius into the better detector of errors?
 
     python benchmarks/misd.py --shared DIR
 
 DIR has data/cifar10-jpeg-{train,test}.npz and models/cifar10-jpeg-resnet20.pt. Trains the NETS
 (a CIFAR-10 ResNet-20 each), scores the same test images with each of them, and writes
-results/misd.json and the plots of docs/misd.md. What is done is kept in --work; the same command
-goes on from there after an interruption, and --nets does only some.
+results/misd.json and the plots of docs/measurements/misd.md, the page that says what came of it.
+What is done is kept in --work; the same command goes on from there after an interruption, and
+--nets does only some.
 
 Temperatures and perturbations are chosen on test images that are not reported on. Intervals are
 percentiles of a bootstrap over the images; those of differences are paired. They say nothing about
@@ -334,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--work", type=Path, default=HERE / "misd-work", help="kept between runs")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "misd.json")
-    parser.add_argument("--plots", type=Path, default=HERE.parent / "docs")
+    parser.add_argument("--plots", type=Path, default=HERE.parent / "docs" / "measurements")
     arguments = parser.parse_args(argv)
 
     settings = {name: getattr(arguments, name) for name in ("tune", "test", "resamples")}

@@ -4,7 +4,7 @@
 
 The variants are written here in plain PyTorch. They share one loop (double while nothing has
 flipped, bisect where an estimate leaves the bracket) and differ in how a probe is estimated;
-"compiled" is csrc/search_rule.h itself. --scan asks the ray at 400 evenly spaced radii up to twice
+"compiled" is csrc/rule/search.h itself. --scan asks the ray at 400 evenly spaced radii up to twice
 the bisection's flip: where the prediction changes once, how many radii agree with float64 bisection
 within 2 rtol, and where it changes more often, how many searches end at an earlier or later flip.
 """

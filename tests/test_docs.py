@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from rat_ext import datasets, models, scores, training
+from rat_ext import datasets, models, training
+from rat_ext.scores import base as scores
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,7 +49,7 @@ def own_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pages_are_found() -> None:
-    assert {"README.md", "index.md", "score.md", "train.md", "large-runs.md"} <= {
+    assert {"README.md", "index.md", "score.md", "train.md", "large-runs.md", "misd.md"} <= {
         page.name for page in PAGES
     }
 
@@ -61,3 +63,16 @@ def test_snippets_run(page: Path, reader: dict[str, Any]) -> None:
         line = text.count("\n", 0, match.start(1))
         code = compile("\n" * line + match[1], str(page), "exec")
         exec(code, names)
+
+
+def test_api_pages_name_functions_by_their_file() -> None:
+    """Where a function is named like its file, mkdocstrings would show the file instead."""
+    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs/api").glob("*.md"))
+    named = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    public = [pkgutil.resolve_name(name) for name in named]
+    for package in list(public):
+        public += [getattr(package, name) for name in getattr(package, "__all__", [])]
+    for each in public:
+        module = str(getattr(each, "__module__", ""))
+        if module.endswith(f".{getattr(each, '__name__', None)}"):
+            assert f"{module}.{each.__name__}" in named
