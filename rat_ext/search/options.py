@@ -108,11 +108,12 @@ class SearchOptions(TypedDict, total=False):
         str | AttackFunction | Sequence[str | AttackFunction],
         Option(
             "fgsm",
-            'how the change of prediction is looked for; see `rat_ext.attacks`. "fgsm" is the ray '
-            'of the gradient\'s sign, "fgsm_l2" that of the gradient scaled to L2 norm 1. '
-            '"pgd" and "pgd_l2" attack anew at each radius. "deepfool", "fmn" and "fab", each also with '
-            '"_l2", and functions ``(model, x, y) -> x_adv`` choose the ray that is searched. '
-            '"best", "best_l2" or a sequence of attacks of one norm: the smallest radius counts.',
+            "how the change of prediction is looked for; see `rat_ext.attacks`. "
+            '"fgsm" is the ray of the sign of the gradient, "fgsm_l2" that of the gradient scaled '
+            'to L2 norm 1. "pgd" and "pgd_l2" attack anew at each radius. "deepfool", "fmn" and '
+            '"fab", each also with "_l2", and functions ``(model, x, y) -> x_adv`` choose the ray '
+            'that is searched. "best", "best_l2" or a sequence of attacks of one norm: the '
+            "smallest radius counts.",
         ),
     ]
     batch_size: Annotated[
