@@ -5,7 +5,7 @@
 // the model, advance() and compact() until no row is active. extrapolate() ends RR-Fast instead.
 #pragma once
 
-#include "search_rule.h"
+#include "rule/search.h"
 #include "views.h"
 
 namespace rat {

@@ -3,8 +3,8 @@
 #include <array>
 #include <limits>
 
-#include "element_ops.h"
-#include "parallel.h"
+#include "cpu/parallel.h"
+#include "rule/element_ops.h"
 
 namespace rat::cpu {
 

@@ -3,8 +3,9 @@
 // A block is one warp for few classes and several for many, so that one team type serves both: a
 // single warp reduces by shuffles alone.
 //
-// `Thread` is one thread of a grid: DeviceThread (launcher.cuh) on a GPU, HostThread (on_host.cpp)
-// in the tests. Everything that the kernels ask of the hardware goes through it.
+// `Thread` is one thread of a grid: DeviceThread (launcher.cuh) on a GPU, HostThread
+// (tests/kernels_on_host) in the tests. Everything that the kernels ask of the hardware goes
+// through it.
 #pragma once
 
 #include <cstdint>

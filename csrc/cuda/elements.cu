@@ -1,6 +1,6 @@
 // The operations on inputs, and on the list of active rows.
-#include "launcher.cuh"
-#include "launches.h"
+#include "cuda/launcher.cuh"
+#include "cuda/launches.h"
 
 namespace rat::cuda {
 

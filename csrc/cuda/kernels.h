@@ -8,9 +8,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "block_team.h"
-#include "element_ops.h"
+#include "cuda/block_team.h"
 #include "ops.h"
+#include "rule/element_ops.h"
 
 namespace rat::cuda {
 

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "block_team.h"
+#include "cuda/block_team.h"
 #include "ops.h"
 
 namespace rat::cuda {

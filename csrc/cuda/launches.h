@@ -1,12 +1,13 @@
 // How each operation is launched: which kernel for which types, and how many threads.
 //
 // `Launch` is called with a kernel, the number of blocks that would take one turn each, and the
-// threads of a block: Launcher (launcher.cuh) on a GPU, HostLauncher (on_host.cpp) in the tests.
+// threads of a block: Launcher (launcher.cuh) on a GPU, HostLauncher (tests/kernels_on_host) in the
+// tests.
 #pragma once
 
 #include <algorithm>
 
-#include "kernels.h"
+#include "cuda/kernels.h"
 
 namespace rat::cuda {
 

@@ -1,6 +1,6 @@
 // The operations on logits. Apart from the others so that the two compile side by side.
-#include "launcher.cuh"
-#include "launches.h"
+#include "cuda/launcher.cuh"
+#include "cuda/launches.h"
 
 namespace rat::cuda {
 

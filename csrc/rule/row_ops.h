@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "rule/team.h"
 #include "scalars.h"
-#include "team.h"
 
 namespace rat {
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels' bodies, run on the CPU by csrc/cuda/on_host.cpp, against the CPU core.
+"""The CUDA kernels' bodies, run on the CPU by host_launcher.cpp, against the CPU core.
 
 And, where the core was built with CUDA, that the kernels are in it for every architecture.
 """
@@ -29,7 +29,7 @@ import rat_ext
 from rat_ext import _build, radius
 from rat_ext._build import core
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = test_core.DTYPES
 pytestmark = pytest.mark.core
 

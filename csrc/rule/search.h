@@ -36,7 +36,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "row_ops.h"
+#include "rule/row_ops.h"
 
 namespace rat {
 

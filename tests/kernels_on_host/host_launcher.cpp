@@ -19,7 +19,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "launches.h"
+#include "cuda/launches.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
