@@ -1,171 +1,61 @@
-// pybind11: the only file that knows Python. It turns torch tensors into checked views and calls
-// the core. It never allocates tensor memory and does not link torch: a tensor is read through its
-// public attributes.
+// The Python module: checks the tensors of each operation and runs it where they are.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <initializer_list>
 #include <optional>
-#include <string>
-#include <vector>
+#include <stdexcept>
 
+#include "bindings/tensors.h"
 #include "ops.h"
-
-namespace py = pybind11;
 
 namespace rat {
 namespace {
 
-[[noreturn]] void fail(const std::string& name, const std::string& what) {
-  throw py::value_error("rat_ext core: " + name + " " + what);
-}
-
-// A torch.Tensor as its attributes describe it.
-struct Tensor {
-  std::string name;
-  void* data;
-  DType dtype;
-  bool cuda;
-  int device_index;
-  std::vector<int64_t> sizes;
-  std::vector<int64_t> strides;
-
-  int64_t rows() const { return sizes[0]; }
-};
-
-DType dtype_of(const py::handle& tensor, const std::string& name) {
-  const std::string text = py::str(tensor.attr("dtype"));
-  if (text == "torch.float32") return DType::kFloat32;
-  if (text == "torch.float64") return DType::kFloat64;
-  if (text == "torch.float16") return DType::kFloat16;
-  if (text == "torch.bfloat16") return DType::kBFloat16;
-  if (text == "torch.int8") return DType::kInt8;
-  if (text == "torch.uint8") return DType::kUInt8;
-  if (text == "torch.int32") return DType::kInt32;
-  fail(name, "has dtype " + text + ", which the core does not know");
-}
-
-Tensor read(const py::handle& tensor, const char* name) {
-  Tensor t;
-  t.name = name;
-  t.dtype = dtype_of(tensor, name);
-  t.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-  t.sizes = tensor.attr("shape").cast<std::vector<int64_t>>();
-  t.strides = tensor.attr("stride")().cast<std::vector<int64_t>>();
-  t.cuda = tensor.attr("is_cuda").cast<bool>();
-  t.device_index = t.cuda ? tensor.attr("device").attr("index").cast<int>() : -1;
-  if (!t.cuda && !tensor.attr("is_cpu").cast<bool>()) {
-    fail(name, "is on device " + std::string(py::str(tensor.attr("device"))) +
-                   "; the core works on CPU and CUDA tensors");
-  }
-  if (t.sizes.empty()) fail(name, "must have a batch dimension");
-  return t;
-}
-
-std::optional<Tensor> read_optional(const py::handle& tensor, const char* name) {
-  if (tensor.is_none()) return std::nullopt;
-  return read(tensor, name);
-}
-
-RowsView rows_view(const Tensor& t) {
-  // Walk the inner dimensions from the smallest stride: a dense block leaves no gap.
-  std::vector<size_t> order;
-  int64_t elements = 1;
-  for (size_t d = 1; d < t.sizes.size(); ++d) {
-    if (t.sizes[d] != 1) order.push_back(d);
-    elements *= t.sizes[d];
-  }
-  std::sort(order.begin(), order.end(),
-            [&](size_t a, size_t b) { return t.strides[a] < t.strides[b]; });
-  int64_t expected = 1;
-  for (const size_t d : order) {
-    if (elements > 0 && t.strides[d] != expected) fail(t.name, "must have dense rows");
-    expected *= t.sizes[d];
-  }
-  return {t.data, t.dtype, t.rows(), elements, t.strides[0]};
-}
-
-MatrixView matrix_view(const Tensor& t) {
-  if (t.sizes.size() != 2) fail(t.name, "must be a matrix");
-  return {t.data, t.dtype, t.sizes[0], t.sizes[1], t.strides[0], t.strides[1]};
-}
-
-RowIndex row_index(const Tensor& t) {
-  if (t.dtype != DType::kInt32 || t.sizes.size() != 1 || (t.sizes[0] > 1 && t.strides[0] != 1)) {
-    fail(t.name, "must be a contiguous int32 vector");
-  }
-  return {static_cast<const int32_t*>(t.data), t.sizes[0], nullptr};
-}
-
-// The first entries of `index`, as many as the tensor `active_count` says.
-RowIndex row_index(const Tensor& index, const std::optional<Tensor>& active_count) {
-  RowIndex rows = row_index(index);
-  if (active_count) {
-    const RowIndex number = row_index(*active_count);
-    if (number.count != 1) fail(active_count->name, "must have one element");
-    rows.active = number.data;
-  }
-  return rows;
-}
-
-void require(bool condition, const Tensor& t, const char* what) {
-  if (!condition) fail(t.name, what);
-}
-
-// The memory order of a tensor's inner dimensions must be that of x.
-void require_same_layout(const Tensor& t, const Tensor& x) {
-  require(t.sizes.size() == x.sizes.size(), t, "must have the rank of x");
-  for (size_t d = 1; d < x.sizes.size(); ++d) {
-    require(t.sizes[d] == x.sizes[d], t, "must have the row shape of x");
-    require(x.sizes[d] == 1 || t.strides[d] == x.strides[d], t, "must have the memory layout of x");
-  }
-}
+using Stream = std::optional<uintptr_t>;
+using OptionalTensor = std::optional<Tensor>;
 
 // Where an operation runs, found from the tensors it is given.
 class Place {
  public:
-  Place(int threads, std::optional<uintptr_t> stream, std::initializer_list<const Tensor*> tensors)
+  Place(int threads, Stream stream, std::initializer_list<const Tensor*> tensors,
+        const OptionalTensor& active_count = std::nullopt)
       : threads_(threads), stream_(stream), first_(**tensors.begin()) {
-    for (const Tensor* t : tensors) {
-      if (t->cuda != first_.cuda || t->device_index != first_.device_index) {
-        fail(t->name, "is on another device than " + first_.name);
-      }
-    }
+    for (const Tensor* t : tensors) require_here(*t);
+    if (active_count) require_here(*active_count);
   }
 
-  // Calls on_cpu(threads) or on_cuda(stream) without the GIL.
-  template <typename OnCpu, typename OnCuda>
-  void run(OnCpu&& on_cpu, [[maybe_unused]] OnCuda&& on_cuda) const {
+  // Without the GIL.
+  template <typename Op>
+  void run(const Op& op) const {
     if (!first_.cuda) {
       py::gil_scoped_release release;
-      return on_cpu(threads_);
+      return cpu::run(cpu::Threads{threads_}, op);
     }
 #if defined(RAT_EXT_WITH_CUDA)
     if (!stream_) fail(first_.name, "is on a CUDA device: a stream is needed");
     py::gil_scoped_release release;
-    on_cuda(cuda::Stream{first_.device_index, reinterpret_cast<void*>(*stream_)});
+    cuda::run(cuda::Stream{first_.device_index, reinterpret_cast<void*>(*stream_)}, op);
 #else
     throw std::runtime_error(
         "rat_ext was built without CUDA, but the input is on a CUDA device. Rebuild it where nvcc "
-        "is "
-        "installed (RAT_EXT_CUDA=1 pip install --no-cache-dir --force-reinstall --no-deps .), or "
-        "move the model and the input to the CPU. `rat-ext info` says why CUDA was left out.");
+        "is installed (RAT_EXT_CUDA=1 pip install --no-cache-dir --force-reinstall --no-deps .), "
+        "or move the model and the input to the CPU. `rat-ext info` says why CUDA was left out.");
 #endif
   }
 
  private:
+  void require_here(const Tensor& t) const {
+    if (t.cuda != first_.cuda || t.device_index != first_.device_index) {
+      fail(t.name, "is on another device than " + first_.name);
+    }
+  }
+
   int threads_;
-  std::optional<uintptr_t> stream_;
+  Stream stream_;
   const Tensor& first_;
 };
-
-#if defined(RAT_EXT_WITH_CUDA)
-#define RAT_RUN(place, op, ...)                                    \
-  (place).run([&](int threads) { cpu::op(threads, __VA_ARGS__); }, \
-              [&](cuda::Stream stream) { cuda::op(stream, __VA_ARGS__); })
-#else
-#define RAT_RUN(place, op, ...) \
-  (place).run([&](int threads) { cpu::op(threads, __VA_ARGS__); }, [](auto) {})
-#endif
 
 // The tensors and settings of a batch of searches. It keeps the tensors alive.
 class PyState {
@@ -176,49 +66,62 @@ class PyState {
         brackets_(read(brackets, "brackets")),
         gaps_(read(gaps, "gaps")),
         probes_(read(probes, "probes")) {
-    state_.brackets = matrix_view(brackets_);
-    state_.gaps = matrix_view(gaps_);
-    state_.probes = matrix_view(probes_);
-    require(state_.brackets.columns == kFields, brackets_, "must have one column per field");
-    require(state_.gaps.columns % kKnots == 0, gaps_, "must have kKnots blocks of classes");
-    require(state_.probes.columns >= 1 && state_.probes.columns <= kMaxProbes, probes_,
+    for (const Tensor* t : {&brackets_, &gaps_, &probes_}) require_matrix(*t);
+    require(brackets_.sizes[1] == kFields, brackets_, "must have one column per field");
+    require(gaps_.sizes[1] % kKnots == 0, gaps_, "must have kKnots blocks of classes");
+    require(probes_.sizes[1] >= 1 && probes_.sizes[1] <= kMaxProbes, probes_,
             "must have 1 to 32 columns");
     for (const Tensor* t : {&brackets_, &gaps_, &probes_}) {
       require(t->dtype == brackets_.dtype, *t, "must have the dtype of brackets");
       require(t->rows() == brackets_.rows(), *t, "must have one row per sample");
       require(t->strides[1] == 1 || t->sizes[1] <= 1, *t, "must have contiguous rows");
     }
-    state_.probes.column_stride = 1;
-    state_.params = {
-        rtol,          eps_max, eps_min, temperature, static_cast<int>(state_.probes.columns),
-        bisect ? 1 : 0};
+    params_ = {rtol, eps_max, eps_min, temperature, static_cast<int>(probes_.sizes[1]), bisect};
   }
 
-  const State& state() const { return state_; }
+  DType dtype() const { return brackets_.dtype; }
   const Tensor& brackets() const { return brackets_; }
-  const Tensor& probes() const { return probes_; }
-  int64_t classes() const { return state_.gaps.columns / kKnots; }
+  int64_t classes() const { return gaps_.sizes[1] / kKnots; }
+  int probes() const { return params_.probes; }
+  int max_rows() const { return rat::max_rows(params_); }
 
-  // The state of rows [begin, begin + count).
-  State slice(int64_t begin, int64_t count) const {
+  void require_rows(int64_t begin, int64_t count) const {
     require(begin >= 0 && begin + count <= brackets_.rows(), brackets_,
             "is too short for the slice");
-    State part = state_;
-    const int64_t size = state_.brackets.dtype == DType::kFloat64 ? 8 : 4;
-    for (MatrixView* view : {&part.brackets, &part.gaps, &part.probes}) {
-      view->data = static_cast<char*>(view->data) + begin * view->row_stride * size;
-      view->rows = count;
-    }
-    return part;
   }
 
-  int max_rows() const { return rat::max_rows(state_.params); }
+  // The state of rows [begin, begin + count), which must be there.
+  template <typename T>
+  State<T> slice(int64_t begin, int64_t count) const {
+    const auto part = [&](const Tensor& t) {
+      Matrix<T> view = matrix_view<T>(t);
+      view.data = view.row(begin);
+      view.rows = count;
+      return view;
+    };
+    const SearchParams<T> params{static_cast<T>(params_.rtol),
+                                 static_cast<T>(params_.eps_max),
+                                 static_cast<T>(params_.eps_min),
+                                 static_cast<T>(params_.temperature),
+                                 params_.probes,
+                                 params_.bisect};
+    return {part(brackets_), part(gaps_), part(probes_), params};
+  }
+  template <typename T>
+  State<T> all() const {
+    return slice<T>(0, brackets_.rows());
+  }
 
  private:
   py::object owners_[3];
   Tensor brackets_, gaps_, probes_;
-  State state_;
+  SearchParams<double> params_;
 };
+
+template <typename T>
+Bounds<T> bounds(double low, double high) {
+  return {static_cast<T>(low), static_cast<T>(high)};
+}
 
 void require_logits(const Tensor& logits, const PyState& state, int64_t rows) {
   require(logits.sizes.size() == 2 && logits.sizes[1] == state.classes(), logits,
@@ -226,17 +129,18 @@ void require_logits(const Tensor& logits, const PyState& state, int64_t rows) {
   require(logits.rows() == rows, logits, "must have one row per probe");
 }
 
-using Stream = std::optional<uintptr_t>;
-
 void inspect(py::object x_, double low, double high, py::object flags_, int threads,
              Stream stream) {
   const Tensor x = read(x_, "x"), flags = read(flags_, "flags");
   require(flags.dtype == DType::kUInt8 && flags.rows() == x.rows(), flags,
           "must be uint8, one per row");
-  const RowsView rows = rows_view(x);
-  const MatrixView out{flags.data, flags.dtype, flags.rows(), 1, flags.strides[0], 1};
-  const Bounds bounds{low, high};
-  RAT_RUN(Place(threads, stream, {&x, &flags}), inspect, rows, bounds, out);
+  const Place place(threads, stream, {&x, &flags});
+  with_type(x.dtype, wide(x.dtype), [&](auto s) {
+    using S = decltype(s);
+    const Matrix<uint8_t> out{static_cast<uint8_t*>(flags.data), flags.rows(), 1, flags.strides[0],
+                              1};
+    place.run(Inspect<S>{rows_view<const S>(x), bounds<wide_t<S>>(low, high), out});
+  });
 }
 
 void start(py::object logits_, py::object seed_, const PyState& state, int64_t begin, int threads,
@@ -244,9 +148,13 @@ void start(py::object logits_, py::object seed_, const PyState& state, int64_t b
   const Tensor logits = read(logits_, "logits"), seed = read(seed_, "seed");
   require_logits(logits, state, logits.rows());
   require(seed.dtype == logits.dtype && seed.sizes == logits.sizes, seed, "must be like logits");
-  const State part = state.slice(begin, logits.rows());
-  const MatrixView z = matrix_view(logits), s = matrix_view(seed);
-  RAT_RUN(Place(threads, stream, {&logits, &seed, &state.brackets()}), start, z, s, part);
+  state.require_rows(begin, logits.rows());
+  const Place place(threads, stream, {&logits, &seed, &state.brackets()});
+  with_type(logits.dtype, state.dtype(), [&](auto s) {
+    using S = decltype(s);
+    place.run(Start<S>{matrix_view<const S>(logits), matrix_view<S>(seed),
+                       state.slice<wide_t<S>>(begin, logits.rows())});
+  });
 }
 
 void aim(py::object gradient_, py::object x_, py::object direction_, double low, double high,
@@ -259,11 +167,14 @@ void aim(py::object gradient_, py::object x_, py::object direction_, double low,
     require(t->rows() == x.rows(), *t, "must have the rows of x");
     require_same_layout(*t, x);
   }
-  const State part = state.slice(begin, x.rows());
-  const RowsView g = rows_view(gradient), rows = rows_view(x), d = rows_view(direction);
-  const Bounds bounds{low, high};
-  RAT_RUN(Place(threads, stream, {&x, &gradient, &direction, &state.brackets()}), aim, g, rows, d,
-          bounds, part);
+  state.require_rows(begin, x.rows());
+  const Place place(threads, stream, {&x, &gradient, &direction, &state.brackets()});
+  with_type(x.dtype, state.dtype(), [&](auto s) {
+    using S = decltype(s);
+    place.run(Aim<S>{rows_view<const S>(gradient), rows_view<const S>(x),
+                     rows_view<int8_t>(direction), bounds<wide_t<S>>(low, high),
+                     state.slice<wide_t<S>>(begin, x.rows())});
+  });
 }
 
 void perturb(py::object x_, py::object direction_, py::object index_, py::object probes_,
@@ -272,60 +183,68 @@ void perturb(py::object x_, py::object direction_, py::object index_, py::object
   const Tensor x = read(x_, "x"), direction = read(direction_, "direction"),
                index = read(index_, "index"), probes = read(probes_, "probes"),
                out = read(out_, "out");
-  const std::optional<Tensor> active_count = read_optional(active_count_, "active_count");
+  const OptionalTensor active_count = read_optional(active_count_, "active_count");
   const RowIndex rows = row_index(index, active_count);
-  const MatrixView radii = matrix_view(probes);
+  require_matrix(probes);
   require(direction.dtype == DType::kInt8 && direction.rows() == x.rows(), direction,
           "must be int8 with the rows of x");
-  require(radii.rows == x.rows(), probes, "must have one row per row of x");
-  require(out.dtype == x.dtype && out.rows() == rows.count * radii.columns, out,
+  require(probes.rows() == x.rows(), probes, "must have one row per row of x");
+  require(out.dtype == x.dtype && out.rows() == rows.count * probes.sizes[1], out,
           "must have the dtype of x and one row per probe");
   require_same_layout(direction, x);
   require_same_layout(out, x);
-  const RowsView from = rows_view(x), d = rows_view(direction), to = rows_view(out);
-  const Bounds bounds{low, high};
-  const Tensor& number = active_count ? *active_count : index;
-  RAT_RUN(Place(threads, stream, {&x, &direction, &index, &number, &probes, &out}), perturb, from,
-          d, rows, radii, bounds, to);
+  const Place place(threads, stream, {&x, &direction, &index, &probes, &out}, active_count);
+  with_type(x.dtype, probes.dtype, [&](auto s) {
+    using S = decltype(s);
+    using T = wide_t<S>;
+    place.run(Perturb<S>{rows_view<const S>(x), rows_view<const int8_t>(direction), rows,
+                         matrix_view<const T>(probes), bounds<T>(low, high), rows_view<S>(out)});
+  });
 }
 
 void advance(py::object logits_, py::object index_, const PyState& state, py::object active_count_,
              int threads, Stream stream) {
   const Tensor logits = read(logits_, "logits"), index = read(index_, "index");
-  const std::optional<Tensor> active_count = read_optional(active_count_, "active_count");
+  const OptionalTensor active_count = read_optional(active_count_, "active_count");
   const RowIndex rows = row_index(index, active_count);
-  require_logits(logits, state, rows.count * state.state().params.probes);
-  const MatrixView z = matrix_view(logits);
-  const Tensor& number = active_count ? *active_count : index;
-  RAT_RUN(Place(threads, stream, {&logits, &index, &number, &state.brackets()}), advance, z, rows,
-          state.state());
+  require_logits(logits, state, rows.count * state.probes());
+  const Place place(threads, stream, {&logits, &index, &state.brackets()}, active_count);
+  with_type(logits.dtype, state.dtype(), [&](auto s) {
+    using S = decltype(s);
+    place.run(Advance<S>{matrix_view<const S>(logits), rows, state.all<wide_t<S>>()});
+  });
 }
 
 void extrapolate(py::object logits_, py::object index_, double h, const PyState& state,
                  py::object active_count_, int threads, Stream stream) {
   const Tensor logits = read(logits_, "logits"), index = read(index_, "index");
-  const std::optional<Tensor> active_count = read_optional(active_count_, "active_count");
+  const OptionalTensor active_count = read_optional(active_count_, "active_count");
   const RowIndex rows = row_index(index, active_count);
   require_logits(logits, state, rows.count);
-  const MatrixView z = matrix_view(logits);
-  const Tensor& number = active_count ? *active_count : index;
-  RAT_RUN(Place(threads, stream, {&logits, &index, &number, &state.brackets()}), extrapolate, z,
-          rows, h, state.state());
+  const Place place(threads, stream, {&logits, &index, &state.brackets()}, active_count);
+  with_type(logits.dtype, state.dtype(), [&](auto s) {
+    using S = decltype(s);
+    using T = wide_t<S>;
+    place.run(
+        Extrapolate<S>{matrix_view<const S>(logits), rows, static_cast<T>(h), state.all<T>()});
+  });
 }
 
 void compact(py::object index_, const PyState& state, py::object active_, py::object count_,
              py::object active_count_, int threads, Stream stream) {
   const Tensor index = read(index_, "index"), active = read(active_, "active"),
                count = read(count_, "count");
-  const std::optional<Tensor> active_count = read_optional(active_count_, "active_count");
+  const OptionalTensor active_count = read_optional(active_count_, "active_count");
   const RowIndex rows = row_index(index, active_count);
-  require(row_index(active).count >= rows.count, active, "must have room for every row");
-  require(row_index(count).count == 1, count, "must have one element");
-  auto* kept = static_cast<int32_t*>(active.data);
-  auto* number = static_cast<int32_t*>(count.data);
-  const Tensor& old = active_count ? *active_count : index;
-  RAT_RUN(Place(threads, stream, {&index, &active, &count, &old, &state.brackets()}), compact, rows,
-          state.state().brackets, kept, number);
+  int32_t* kept = int32_vector(active);
+  require(active.rows() >= rows.count, active, "must have room for every row");
+  int32_t* number = int32_vector(count);
+  require(count.rows() == 1, count, "must have one element");
+  const Place place(threads, stream, {&index, &active, &count, &state.brackets()}, active_count);
+  with_type(state.dtype(), state.dtype(), [&](auto s) {
+    using T = wide_t<decltype(s)>;
+    place.run(Compact<T>{rows, state.all<T>(), kept, number});
+  });
 }
 
 }  // namespace

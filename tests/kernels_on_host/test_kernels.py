@@ -249,13 +249,10 @@ def test_rows_beyond_the_active_count_are_left_alone(kernels, active, request):
 
 # --- What the library holds -----------------------------------------------------------------------
 
-_STATE_AND_ELEMENT = ["dd", "ff", "fNS_4HalfE", "fNS_8BFloat16E"]
-KERNELS = {
-    **dict.fromkeys(
-        ["Inspect", "Start", "Aim", "Perturb", "Advance", "Extrapolate"], _STATE_AND_ELEMENT
-    ),
-    "Compact": ["d", "f"],
-}
+_ON_ELEMENTS = ("InspectKernel", "AimKernel", "PerturbKernel")
+_ON_LOGITS = ("Start", "Advance", "Extrapolate")  # as LogitKernel<Start<...>>
+_ELEMENTS = ("d", "f", "NS_4HalfE", "NS_8BFloat16E")
+KERNELS = {**dict.fromkeys(_ON_ELEMENTS + _ON_LOGITS, _ELEMENTS), "CompactKernel": ("d", "f")}
 """The kernels and the types, mangled, for which each must be there."""
 
 
