@@ -14,7 +14,7 @@ VENV ?= .venv
 bin := $(VENV)/bin
 sources := $(wildcard setup.py pyproject.toml CMakeLists.txt README.md) \
            $(shell find csrc rat_ext -type f -not -name '*.so' -not -name '*.pyc')
-cxx_sources := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+cxx_sources := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test lint format sanitize docs bench clean
 

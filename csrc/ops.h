@@ -1,86 +1,166 @@
-// The operations of the core, once for the CPU and once for CUDA, with the same arguments.
+// The operations of the core: each is a struct of its arguments, which run() carries out on the CPU
+// or on a CUDA device.
 //
-// One search: start() reads the logits of the clean forward and writes the seed of the backward
-// pass; aim() turns the input gradient into the ray and the first probes; then rounds of perturb(),
-// the model, advance() and compact() until no row is active. extrapolate() ends RR-Fast instead.
+// One search: Start reads the logits of the clean forward and writes the seed of the backward pass;
+// Aim turns the input gradient into the ray and the first probes; then rounds of Perturb, the
+// model, Advance and Compact until no row is active. Extrapolate ends RR-Fast instead.
+//
+// S is the element type of the tensors of the model, its inputs and logits.
 #pragma once
 
-#include "search_rule.h"
+#include <cstdint>
+#include <variant>
+
+#include "rule/search.h"
+#include "scalars.h"
 #include "views.h"
 
 namespace rat {
 
+template <typename T>
 struct Bounds {
-  double low;
-  double high;
+  T low;
+  T high;
 };
 
-// The state of a batch of searches. All tensors have one row per sample.
+// The state of a batch of searches. All tensors have one row per sample and contiguous rows.
+template <typename T>
 struct State {
-  MatrixView brackets;  // (rows, kFields) of T
-  MatrixView gaps;      // (rows, kKnots * classes) of T
-  MatrixView probes;    // (rows, params.probes) of T
-  SearchParams<double> params;
+  Matrix<T> brackets;  // (rows, kFields)
+  Matrix<T> gaps;      // (rows, kKnots * classes)
+  Matrix<T> probes;    // (rows, params.probes)
+  SearchParams<T> params;
 
-  template <typename T>
-  RAT_HD Search<T> search(int64_t index, const SearchParams<T>& typed) const {
-    return {*reinterpret_cast<Bracket<T>*>(brackets.row<T>(index)), gaps.row<T>(index),
-            probes.row<T>(index), static_cast<int>(gaps.columns / kKnots), typed};
+  RAT_HD Bracket<T>& bracket(int64_t i) const {
+    return *reinterpret_cast<Bracket<T>*>(brackets.row(i));
   }
-  template <typename T>
-  SearchParams<T> typed_params() const {
-    return {static_cast<T>(params.rtol),
-            static_cast<T>(params.eps_max),
-            static_cast<T>(params.eps_min),
-            static_cast<T>(params.temperature),
-            params.probes,
-            params.bisect};
+  RAT_HD Search<T> search(int64_t i) const {
+    const Knots<T> knots{gaps.row(i), static_cast<int>(gaps.columns / kKnots)};
+    return {bracket(i), knots, probes.row(i), params};
   }
 };
 
-// Indices into the rows of the whole batch.
-struct RowIndex {
-  const int32_t* data;
-  int64_t count;
-  // Where the number of entries that count is kept, if it is known only on the device (a captured
-  // graph cannot know it): entries beyond it are left alone. Null: all count.
-  const int32_t* active;
-
-  RAT_HD int64_t size() const { return active != nullptr && *active < count ? *active : count; }
-};
+// ---- Operations on elements: cpu/ops.cpp and cuda/elements.h ------------------------------------
 
 enum InputFlag : uint8_t { kInputNotFinite = 1, kInputOutside = 2 };
 
-#define RAT_DECLARE_OPS(Where)                                                                    \
-  /* flags (rows, 1) of uint8: InputFlag bits of each row of x. */                                \
-  void inspect(Where where, RowsView x, Bounds bounds, MatrixView flags);                         \
-  /* logits and seed (rows, classes), aligned with the state. */                                  \
-  void start(Where where, MatrixView logits, MatrixView seed, const State& state);                \
-  /* direction (rows, elements) of int8 is written; x and gradient have one dtype. */             \
-  void aim(Where where, RowsView gradient, RowsView x, RowsView direction, Bounds bounds,         \
-           const State& state);                                                                   \
-  /* out (index.count * probes, elements): the rows in `index`, each at every one of its probes.  \
-   */                                                                                             \
-  void perturb(Where where, RowsView x, RowsView direction, RowIndex index, MatrixView probes,    \
-               Bounds bounds, RowsView out);                                                      \
-  /* logits (index.count * probes, classes) at those points. */                                   \
-  void advance(Where where, MatrixView logits, RowIndex index, const State& state);               \
-  /* logits (index.count, classes) at radius h. */                                                \
-  void extrapolate(Where where, MatrixView logits, RowIndex index, double h, const State& state); \
-  /* The rows of `index` that are still active, in order, and how many they are. */               \
-  void compact(Where where, RowIndex index, MatrixView brackets, int32_t* active, int32_t* count);
+// What is wrong with each row of x.
+template <typename S>
+struct Inspect {
+  static constexpr const char* kName = "inspect";
+  Rows<const S> x;
+  Bounds<wide_t<S>> bounds;
+  Matrix<uint8_t> flags;  // (rows, 1) of InputFlag bits
+};
+
+// The rays and their first probes, from the gradient of the seeded logits in x.
+template <typename S>
+struct Aim {
+  static constexpr const char* kName = "aim";
+  Rows<const S> gradient, x;
+  Rows<int8_t> direction;  // is written
+  Bounds<wide_t<S>> bounds;
+  State<wide_t<S>> state;
+};
+
+// The rows in `index`, each at every one of its probes.
+template <typename S>
+struct Perturb {
+  static constexpr const char* kName = "perturb";
+  Rows<const S> x;
+  Rows<const int8_t> direction;
+  RowIndex index;
+  Matrix<const wide_t<S>> probes;
+  Bounds<wide_t<S>> bounds;
+  Rows<S> out;  // (index.count * probes, elements)
+};
+
+// The rows of `index` that are still active, in order, and how many they are. T is the state's.
+template <typename T>
+struct Compact {
+  static constexpr const char* kName = "compact";
+  RowIndex index;
+  State<T> state;
+  int32_t* active;  // may be index.data
+  int32_t* count;   // may be index.active
+};
+
+// ---- Operations on logits, a row at a time ------------------------------------------------------
+//
+// row() is what is done to the i-th of rows() rows, by a team on the CPU or the GPU. slots() is the
+// most that rows() can be; the host may ask it also where rows() is known only on the device.
+// work() is what a row costs, in elements.
+
+template <typename S>
+struct Start {
+  static constexpr const char* kName = "start";
+  Matrix<const S> logits;  // (rows, classes), aligned with the state
+  Matrix<S> seed;          // (rows, classes)
+  State<wide_t<S>> state;
+
+  int64_t slots() const { return logits.rows; }
+  int64_t work() const { return logits.columns * 16; }
+  RAT_HD int64_t rows() const { return logits.rows; }
+  template <typename Team>
+  RAT_HD void row(const Team& team, int64_t i) const {
+    state.search(i).start(team, logit_row(logits, i), seed.row(i), seed.column_stride);
+  }
+};
+
+template <typename S>
+struct Advance {
+  static constexpr const char* kName = "advance";
+  Matrix<const S> logits;  // (index.count * probes, classes), at the probes
+  RowIndex index;
+  State<wide_t<S>> state;
+
+  int64_t slots() const { return index.count; }
+  int64_t work() const { return logits.columns * 64 * state.params.probes; }
+  RAT_HD int64_t rows() const { return index.size(); }
+  template <typename Team>
+  RAT_HD void row(const Team& team, int64_t i) const {
+    state.search(index.data[i]).round(team, logits, i * state.params.probes);
+  }
+};
+
+template <typename S>
+struct Extrapolate {
+  static constexpr const char* kName = "extrapolate";
+  Matrix<const S> logits;  // (index.count, classes), at radius h
+  RowIndex index;
+  wide_t<S> h;
+  State<wide_t<S>> state;
+
+  int64_t slots() const { return index.count; }
+  int64_t work() const { return logits.columns * 16; }
+  RAT_HD int64_t rows() const { return index.size(); }
+  template <typename Team>
+  RAT_HD void row(const Team& team, int64_t i) const {
+    state.search(index.data[i]).extrapolate(team, h, logit_row(logits, i));
+  }
+};
+
+// ---- run() --------------------------------------------------------------------------------------
+
+template <typename... S>
+using OperationsOn =
+    std::variant<Inspect<S>..., Aim<S>..., Perturb<S>..., Start<S>..., Advance<S>...,
+                 Extrapolate<S>..., Compact<float>, Compact<double>>;
+using Operation = OperationsOn<double, float, Half, BFloat16>;
 
 namespace cpu {
-RAT_DECLARE_OPS(int)  // where: the largest number of threads
-}
-#if defined(RAT_EXT_WITH_CUDA)
+struct Threads {
+  int most;
+};
+void run(Threads threads, const Operation& operation);
+}  // namespace cpu
+
 namespace cuda {
 struct Stream {
   int device;
   void* handle;  // cudaStream_t
 };
-RAT_DECLARE_OPS(Stream)
+void run(Stream stream, const Operation& operation);
 }  // namespace cuda
-#endif
 
 }  // namespace rat

@@ -151,14 +151,14 @@ def test_broken_core_is_an_error_that_says_how_to_rebuild(tmp_path: Path) -> Non
     [
         ([], "The compiled core of rat_ext is missing from "),
         (["rat_ext/_C.cpython-27.so"], "holds _C.cpython-27.so; this Python loads " + CORE),
-        (["setup.py", "csrc/bindings.cpp"], "rat_ext was imported from its source tree, "),
+        (["setup.py", "csrc/bindings/module.cpp"], "rat_ext was imported from its source tree, "),
     ],
     ids=["missing", "another Python", "source tree"],
 )
 def test_missing_core_is_explained(tmp_path: Path, files: list[str], expected: str) -> None:
     for name in [*files, "rat_ext/__init__.py"]:
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     shutil.copy(_core.__file__, tmp_path / "rat_ext")
     result = run_python("import rat_ext._core", tmp_path, PYTHONPATH="")

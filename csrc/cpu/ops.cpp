@@ -1,150 +1,105 @@
+// The operations (ops.h) on the CPU: loops over rows.
 #include "ops.h"
 
 #include <array>
+#include <cmath>
 #include <limits>
 
-#include "element_ops.h"
-#include "parallel.h"
+#include "cpu/parallel.h"
+#include "rule/element_ops.h"
 
 namespace rat::cpu {
+namespace {
 
-void inspect(int threads, RowsView x, Bounds bounds, MatrixView flags) {
-  auto body = [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    using T = wide_t<S>;
-    const T low = static_cast<T>(bounds.low), high = static_cast<T>(bounds.high);
-    for_rows(threads, x.rows, x.elements, [&](int64_t i) {
-      const S* values = x.row<S>(i);
-      // Counts rather than branches, so that the loop vectorises.
-      int64_t not_finite = 0, outside = 0;
-      for (int64_t k = 0; k < x.elements; ++k) {
-        const T value = widen(values[k]);
-        not_finite += !(std::fabs(value) <= std::numeric_limits<T>::max());
-        outside += (value < low) | (value > high);
-      }
-      const bool infinite = not_finite > 0;
-      *flags.row<uint8_t>(i) = static_cast<uint8_t>((infinite ? kInputNotFinite : 0) |
-                                                    (outside > 0 && !infinite ? kInputOutside : 0));
-    });
-  };
-  if (x.dtype == DType::kFloat64) return with_element_type<double>(x.dtype, body);
-  with_element_type<float>(x.dtype, body);
-}
-
-void start(int threads, MatrixView logits, MatrixView seed, const State& state) {
-  with_state_type(state.brackets.dtype, [&](auto state_tag) {
-    using T = typename decltype(state_tag)::type;
-    const SearchParams<T> params = state.typed_params<T>();
-    with_element_type<T>(logits.dtype, [&](auto tag) {
-      using L = typename decltype(tag)::type;
-      for_rows(threads, logits.rows, logits.columns * 16, [&](int64_t i) {
-        state.search<T>(i, params).start(SerialTeam{},
-                                         LogitRow<L>{logits.row<L>(i), logits.column_stride},
-                                         seed.row<L>(i), seed.column_stride);
-      });
-    });
-  });
-}
-
-void aim(int threads, RowsView gradient, RowsView x, RowsView direction, Bounds bounds,
-         const State& state) {
-  with_state_type(state.brackets.dtype, [&](auto state_tag) {
-    using T = typename decltype(state_tag)::type;
-    const SearchParams<T> params = state.typed_params<T>();
-    const T low = static_cast<T>(bounds.low), high = static_cast<T>(bounds.high);
-    with_element_type<T>(x.dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      for_rows(threads, x.rows, x.elements, [&](int64_t i) {
-        const S* g = gradient.row<S>(i);
-        const S* values = x.row<S>(i);
-        int8_t* d = direction.row<int8_t>(i);
-        // Independent partial sums: vectorisable, and more accurate than one running sum.
-        constexpr int kLanes = 64;
-        std::array<T, kLanes> partial{};
-        int64_t k = 0;
-        for (; k + kLanes <= x.elements; k += kLanes) {
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const T value = widen(g[k + lane]);
-            d[k + lane] = direction_of(value);
-            partial[lane] += slope_of(value, widen(values[k + lane]), low, high);
-          }
-        }
-        double slope = 0;
-        for (; k < x.elements; ++k) {
-          const T value = widen(g[k]);
-          d[k] = direction_of(value);
-          slope += slope_of(value, widen(values[k]), low, high);
-        }
-        for (const T sum : partial) slope += sum;
-        state.search<T>(i, params).aim(static_cast<T>(slope));
-      });
-    });
-  });
-}
-
-void perturb(int threads, RowsView x, RowsView direction, RowIndex index, MatrixView probes,
-             Bounds bounds, RowsView out) {
-  with_state_type(probes.dtype, [&](auto state_tag) {
-    using T = typename decltype(state_tag)::type;
-    const T low = static_cast<T>(bounds.low), high = static_cast<T>(bounds.high);
-    with_element_type<T>(x.dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      for_rows(threads, index.size() * probes.columns, x.elements, [&](int64_t i) {
-        const int64_t row = index.data[i / probes.columns];
-        const T radius = probes.row<T>(row)[(i % probes.columns) * probes.column_stride];
-        const S* from = x.row<S>(row);
-        const int8_t* d = direction.row<int8_t>(row);
-        S* to = out.row<S>(i);
-        for (int64_t k = 0; k < x.elements; ++k) {
-          to[k] = narrow<S>(perturbed(widen(from[k]), radius, d[k], low, high));
-        }
-      });
-    });
-  });
-}
-
-void advance(int threads, MatrixView logits, RowIndex index, const State& state) {
-  with_state_type(state.brackets.dtype, [&](auto state_tag) {
-    using T = typename decltype(state_tag)::type;
-    const SearchParams<T> params = state.typed_params<T>();
-    with_element_type<T>(logits.dtype, [&](auto tag) {
-      using L = typename decltype(tag)::type;
-      for_rows(threads, index.size(), logits.columns * 64 * params.probes, [&](int64_t i) {
-        state.search<T>(index.data[i], params)
-            .round(SerialTeam{},
-                   LogitRow<L>{logits.row<L>(i * params.probes), logits.column_stride},
-                   logits.row_stride);
-      });
-    });
-  });
-}
-
-void extrapolate(int threads, MatrixView logits, RowIndex index, double h, const State& state) {
-  with_state_type(state.brackets.dtype, [&](auto state_tag) {
-    using T = typename decltype(state_tag)::type;
-    const SearchParams<T> params = state.typed_params<T>();
-    with_element_type<T>(logits.dtype, [&](auto tag) {
-      using L = typename decltype(tag)::type;
-      for_rows(threads, index.size(), logits.columns * 16, [&](int64_t i) {
-        state.search<T>(index.data[i], params)
-            .extrapolate(SerialTeam{}, static_cast<T>(h),
-                         LogitRow<L>{logits.row<L>(i), logits.column_stride});
-      });
-    });
-  });
-}
-
-void compact(int, RowIndex index, MatrixView brackets, int32_t* active, int32_t* count) {
-  with_state_type(brackets.dtype, [&](auto state_tag) {
-    using T = typename decltype(state_tag)::type;
-    const int64_t rows = index.size();
-    int32_t kept = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      const auto* row = reinterpret_cast<const Bracket<T>*>(brackets.row<T>(index.data[i]));
-      if (row->status == T(kActive)) active[kept++] = index.data[i];
+template <typename S>
+void work(Threads threads, const Inspect<S>& op) {
+  using T = wide_t<S>;
+  const T low = op.bounds.low, high = op.bounds.high;
+  for_rows(threads, op.x.rows, op.x.elements, [&](int64_t i) {
+    const S* values = op.x.row(i);
+    // Counts rather than branches, so that the loop vectorises.
+    int64_t not_finite = 0, outside = 0;
+    for (int64_t k = 0; k < op.x.elements; ++k) {
+      const T value = widen(values[k]);
+      not_finite += !(std::fabs(value) <= std::numeric_limits<T>::max());
+      outside += (value < low) | (value > high);
     }
-    *count = kept;
+    uint8_t& flags = *op.flags.row(i);
+    flags = 0;
+    if (not_finite > 0) {
+      flags = kInputNotFinite;
+    } else if (outside > 0) {
+      flags = kInputOutside;
+    }
   });
+}
+
+template <typename S>
+void work(Threads threads, const Aim<S>& op) {
+  using T = wide_t<S>;
+  const T low = op.bounds.low, high = op.bounds.high;
+  const int64_t elements = op.x.elements;
+  for_rows(threads, op.x.rows, elements, [&](int64_t i) {
+    const S* gradients = op.gradient.row(i);
+    const S* values = op.x.row(i);
+    int8_t* directions = op.direction.row(i);
+    const auto take = [&](int64_t k) {
+      const T gradient = widen(gradients[k]);
+      directions[k] = direction_of(gradient);
+      return slope_of(gradient, widen(values[k]), low, high);
+    };
+    // Independent partial sums: vectorisable, and more accurate than one running sum.
+    constexpr int kLanes = 64;
+    std::array<T, kLanes> partial{};
+    int64_t k = 0;
+    for (; k + kLanes <= elements; k += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) partial[lane] += take(k + lane);
+    }
+    double slope = 0;
+    for (; k < elements; ++k) slope += take(k);
+    for (const T sum : partial) slope += sum;
+    op.state.search(i).aim(static_cast<T>(slope));
+  });
+}
+
+template <typename S>
+void work(Threads threads, const Perturb<S>& op) {
+  using T = wide_t<S>;
+  const T low = op.bounds.low, high = op.bounds.high;
+  const int64_t probes = op.probes.columns, elements = op.x.elements;
+  for_rows(threads, op.index.size() * probes, elements, [&](int64_t i) {
+    const int64_t row = op.index.data[i / probes];
+    const T radius = op.probes.row(row)[(i % probes) * op.probes.column_stride];
+    const S* from = op.x.row(row);
+    const int8_t* d = op.direction.row(row);
+    S* to = op.out.row(i);
+    for (int64_t k = 0; k < elements; ++k) {
+      to[k] = narrow<S>(perturbed(widen(from[k]), radius, d[k], low, high));
+    }
+  });
+}
+
+template <typename T>
+void work(Threads, const Compact<T>& op) {
+  const int64_t rows = op.index.size();
+  int32_t kept = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int32_t row = op.index.data[i];
+    if (op.state.bracket(row).active()) op.active[kept++] = row;
+  }
+  *op.count = kept;
+}
+
+// Operations on logits.
+template <typename Op>
+void work(Threads threads, const Op& op) {
+  for_rows(threads, op.rows(), op.work(), [&](int64_t i) { op.row(SerialTeam{}, i); });
+}
+
+}  // namespace
+
+void run(Threads threads, const Operation& operation) {
+  std::visit([&](const auto& op) { work(threads, op); }, operation);
 }
 
 }  // namespace rat::cpu

@@ -5,20 +5,21 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <exception>
 #include <thread>
 #include <vector>
+
+#include "ops.h"
 
 namespace rat::cpu {
 
 // Work that a thread must have before it pays to start one.
 constexpr int64_t kElementsPerThread = int64_t{1} << 18;
 
-// Calls body(row) for row in [0, rows), on at most `threads` threads.
+// Calls body(row) for row in [0, rows).
 template <typename Body>
-void for_rows(int threads, int64_t rows, int64_t elements_per_row, Body&& body) {
+void for_rows(Threads threads, int64_t rows, int64_t elements_per_row, Body&& body) {
   const int64_t useful = rows * std::max<int64_t>(elements_per_row, 1) / kElementsPerThread;
-  const int64_t parts = std::max<int64_t>(1, std::min({int64_t{threads}, useful, rows}));
+  const int64_t parts = std::max<int64_t>(1, std::min({int64_t{threads.most}, useful, rows}));
   auto run = [&](int64_t part) {
     const int64_t end = rows * (part + 1) / parts;
     for (int64_t row = rows * part / parts; row < end; ++row) body(row);

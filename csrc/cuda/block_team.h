@@ -3,10 +3,18 @@
 // A block is one warp for few classes and several for many, so that one team type serves both: a
 // single warp reduces by shuffles alone.
 //
-// `Thread` is one thread of a grid: DeviceThread (launcher.cuh) on a GPU, HostThread (on_host.cpp)
-// in the tests. Everything that the kernels ask of the hardware goes through it.
+// The kernels are function objects that hold their arguments and are called by every thread of a
+// grid. Everything that they ask of the hardware goes through `Thread`, which is one of these
+// threads: DeviceThread (launcher.cuh) on a GPU, HostThread (tests/kernels_on_host) in the tests.
+// So a plain C++ compiler compiles the kernels as well, and the tests run the same index arithmetic
+// without a GPU. All loops stride over the grid, so that any number of blocks is right.
+//
+// They are launched by `Launch`, which is called with a kernel, the number of blocks that would
+// take one turn each, and the threads of a block: Launcher (launcher.cuh) on a GPU, HostLauncher in
+// the tests.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -18,6 +26,13 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kScratchPerWarp = 64;  // bytes, at least those of any value that is reduced
 constexpr int kScratch = kScratchPerWarp * (kMaxThreads / kWarp);
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Threads of a block that walks `steps` steps: whole warps, no more than are of use.
+inline int threads_for(int64_t steps, int most) {
+  return static_cast<int>(std::clamp<int64_t>(divide_up(steps, kWarp) * kWarp, kWarp, most));
+}
 
 template <typename Thread>
 struct BlockTeam {

@@ -1,4 +1,4 @@
-// Launching the kernels of kernels.h on a stream.
+// Launching a kernel on a stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "block_team.h"
+#include "cuda/block_team.h"
 #include "ops.h"
 
 namespace rat::cuda {
@@ -54,7 +54,7 @@ class DeviceThread {
 };
 
 template <typename Kernel>
-__global__ void __launch_bounds__(Kernel::kMaxBlock) run(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(Kernel::kMaxBlock) call(const __grid_constant__ Kernel kernel) {
   __shared__ alignas(16) unsigned char scratch[kScratch];
   kernel(DeviceThread(scratch));
 }
@@ -95,9 +95,9 @@ class Launcher {
     const int64_t most = std::numeric_limits<int32_t>::max();
     const dim3 grid(static_cast<unsigned>(std::min(blocks, most)));
     void* arguments[] = {const_cast<Kernel*>(&kernel)};
-    DeviceGuard::check(cudaLaunchKernel(run<Kernel>, grid, dim3(static_cast<unsigned>(threads)),
+    DeviceGuard::check(cudaLaunchKernel(call<Kernel>, grid, dim3(static_cast<unsigned>(threads)),
                                         arguments, 0, static_cast<cudaStream_t>(stream_.handle)),
-                       Kernel::kName);
+                       kernel.op.kName);
   }
 
  private:

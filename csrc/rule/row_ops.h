@@ -1,11 +1,12 @@
-// Reductions over one row of logits: prediction, runner-up, log-odds and their gradient.
+// Reductions over one row of logits: prediction, runner-up and the gradient of the log-odds.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
+#include "rule/team.h"
 #include "scalars.h"
-#include "team.h"
+#include "views.h"
 
 namespace rat {
 
@@ -16,6 +17,11 @@ struct LogitRow {
   int64_t stride;
   RAT_HD wide_t<L> operator[](int64_t j) const { return widen(data[j * stride]); }
 };
+
+template <typename L>
+RAT_HD LogitRow<L> logit_row(const Matrix<const L>& logits, int64_t i) {
+  return {logits.row(i), logits.column_stride};
+}
 
 template <typename T>
 struct TopTwo {
@@ -37,8 +43,9 @@ struct MergeTopTwo {
 };
 
 // Prediction and runner-up of one row.
-template <typename T, typename L, typename Team>
-RAT_HD TopTwo<T> top_two(const Team& team, LogitRow<L> logits, int classes) {
+template <typename L, typename Team>
+RAT_HD TopTwo<wide_t<L>> top_two(const Team& team, LogitRow<L> logits, int classes) {
+  using T = wide_t<L>;
   const T inf = static_cast<T>(INFINITY);
   TopTwo<T> top{-inf, -inf, classes, 1};
   for (int j = team.rank(); j < classes; j += team.size()) {
@@ -55,14 +62,15 @@ RAT_HD TopTwo<T> top_two(const Team& team, LogitRow<L> logits, int classes) {
   return team.reduce(top, MergeTopTwo{});
 }
 
-// Log-odds of the prediction y at temperature t, z_y/t - log sum_{j != y} exp(z_j/t), and its
-// negated gradient in the logits: -1 at y and softmax_{j != y}(z_j/t) elsewhere.
+// The gradient of minus the log-odds of the prediction y at temperature t,
+// z_y/t - log sum_{j != y} exp(z_j/t), in the logits z/t: -1 at y, softmax_{j != y}(z_j/t)
+// elsewhere.
 //
 // This is the gradient of the cross-entropy up to the positive factor (1 - softmax_y)/t per row,
 // which sign() does not see. Unlike softmax_y - 1 it does not cancel when the model is confident.
-template <typename T, typename L, typename S, typename Team>
-RAT_HD T log_odds_seed(const Team& team, LogitRow<L> logits, int classes, const TopTwo<T>& top,
-                       T temperature, S* seed, int64_t seed_stride) {
+template <typename L, typename T, typename Team>
+RAT_HD void log_odds_seed(const Team& team, LogitRow<L> logits, int classes, const TopTwo<T>& top,
+                          T temperature, L* seed, int64_t seed_stride) {
   T mass = 0;
   for (int j = team.rank(); j < classes; j += team.size()) {
     if (j != top.index) mass += std::exp((logits[j] - top.second) / temperature);
@@ -70,9 +78,8 @@ RAT_HD T log_odds_seed(const Team& team, LogitRow<L> logits, int classes, const 
   mass = team.reduce(mass, Add{});
   for (int j = team.rank(); j < classes; j += team.size()) {
     const T weight = std::exp((logits[j] - top.second) / temperature) / mass;
-    seed[j * seed_stride] = narrow<S>(j == top.index ? T(-1) : weight);
+    seed[j * seed_stride] = narrow<L>(j == top.index ? T(-1) : weight);
   }
-  return (top.first - top.second) / temperature - std::log(mass);
 }
 
 }  // namespace rat

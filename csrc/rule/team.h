@@ -2,7 +2,7 @@
 //
 // The row operations are written once, over a team: each member walks the classes
 // rank(), rank() + size(), ..., and reduce() combines the members' partial results, which every
-// member receives. SerialTeam is the CPU's team of one; the CUDA teams are in cuda/team.cuh.
+// member receives. SerialTeam is the CPU's team of one; the CUDA teams are in cuda/block_team.h.
 #pragma once
 
 #include "platform.h"

@@ -1,4 +1,4 @@
-// The kernels' bodies on the CPU, for tests: these stand in for cpu/ops.cpp in a module of its own,
+// The kernels' bodies on the CPU, for tests: these stand in for csrc/cpu in a module of its own,
 // so that the Python tests drive them as they drive the core (see RAT_EXT_KERNELS_ON_HOST in
 // CMakeLists.txt).
 //
@@ -19,7 +19,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "launches.h"
+#include "cuda/compact.h"
+#include "cuda/elements.h"
+#include "cuda/logits.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -255,7 +257,7 @@ class HostLauncher {
   void operator()(const Kernel& kernel, int64_t blocks, int threads) const {
     if (blocks == 0) return;
     if (blocks < 0 || threads <= 0 || threads > Kernel::kMaxBlock || threads % kWarp != 0) {
-      throw std::logic_error(std::string(Kernel::kName) + " is launched with a block of " +
+      throw std::logic_error(std::string(kernel.op.kName) + " is launched with a block of " +
                              std::to_string(threads) + " threads");
     }
     blocks = std::min(blocks, kMaxBlocks);
@@ -274,30 +276,9 @@ class HostLauncher {
 
 namespace rat::cpu {
 
-using cuda::HostLauncher;
-
-void inspect(int order, RowsView x, Bounds bounds, MatrixView flags) {
-  cuda::inspect(HostLauncher(order), x, bounds, flags);
-}
-void start(int order, MatrixView logits, MatrixView seed, const State& state) {
-  cuda::start(HostLauncher(order), logits, seed, state);
-}
-void aim(int order, RowsView gradient, RowsView x, RowsView direction, Bounds bounds,
-         const State& state) {
-  cuda::aim(HostLauncher(order), gradient, x, direction, bounds, state);
-}
-void perturb(int order, RowsView x, RowsView direction, RowIndex index, MatrixView probes,
-             Bounds bounds, RowsView out) {
-  cuda::perturb(HostLauncher(order), x, direction, index, probes, bounds, out);
-}
-void advance(int order, MatrixView logits, RowIndex index, const State& state) {
-  cuda::advance(HostLauncher(order), logits, index, state);
-}
-void extrapolate(int order, MatrixView logits, RowIndex index, double h, const State& state) {
-  cuda::extrapolate(HostLauncher(order), logits, index, h, state);
-}
-void compact(int order, RowIndex index, MatrixView brackets, int32_t* active, int32_t* count) {
-  cuda::compact(HostLauncher(order), index, brackets, active, count);
+void run(Threads order, const Operation& operation) {
+  const cuda::HostLauncher launch(order.most);
+  std::visit([&](const auto& op) { cuda::launch_on(launch, op); }, operation);
 }
 
 }  // namespace rat::cpu

@@ -1,4 +1,4 @@
-"""The CUDA kernels' bodies, run on the CPU by csrc/cuda/on_host.cpp, against the CPU core.
+"""The CUDA kernels' bodies, run on the CPU by host_launcher.cpp, against the CPU core.
 
 And, where the core was built with CUDA, that the kernels are in it for every architecture.
 """
@@ -30,7 +30,7 @@ from rat_ext import _build_info, _core
 from rat_ext._core import core
 from rat_ext.search import bracket_search, tensors
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = test_core.DTYPES
 pytestmark = pytest.mark.core
 
@@ -251,13 +251,10 @@ def test_rows_beyond_the_active_count_are_left_alone(kernels, active, request):
 
 # --- What the library holds -----------------------------------------------------------------------
 
-_STATE_AND_ELEMENT = ["dd", "ff", "fNS_4HalfE", "fNS_8BFloat16E"]
-KERNELS = {
-    **dict.fromkeys(
-        ["Inspect", "Start", "Aim", "Perturb", "Advance", "Extrapolate"], _STATE_AND_ELEMENT
-    ),
-    "Compact": ["d", "f"],
-}
+_ON_ELEMENTS = ("InspectKernel", "AimKernel", "PerturbKernel")
+_ON_LOGITS = ("Start", "Advance", "Extrapolate")  # as LogitKernel<Start<...>>
+_ELEMENTS = ("d", "f", "NS_4HalfE", "NS_8BFloat16E")
+KERNELS = {**dict.fromkeys(_ON_ELEMENTS + _ON_LOGITS, _ELEMENTS), "CompactKernel": ("d", "f")}
 """The kernels and the types, mangled, for which each must be there."""
 
 
