@@ -34,6 +34,22 @@ struct Wide<double> {
 template <typename S>
 using wide_t = typename Wide<S>::type;
 
+// The distance from 1 to the next number of the type.
+template <typename S>
+constexpr double kSpacing = 0x1p-23;
+template <>
+constexpr double kSpacing<double> = 0x1p-52;
+template <>
+constexpr double kSpacing<Half> = 0x1p-10;
+template <>
+constexpr double kSpacing<BFloat16> = 0x1p-7;
+
+// The least step that a search looks at, far from where its arithmetic underflows.
+template <typename T>
+constexpr double kTiny = 0x1p-100;
+template <>
+constexpr double kTiny<double> = 0x1p-1000;
+
 namespace detail {
 RAT_HD uint32_t float_bits(float value) {
   uint32_t bits;

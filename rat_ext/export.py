@@ -152,13 +152,14 @@ def _rr_fast(model: Callable[[Tensor], Any], x: Tensor, options: Options) -> tup
     odds = (z / options.temperature).masked_fill(is_y, -math.inf).softmax(1)
     seed = odds.masked_fill(is_y, -1.0).to(logits.dtype)
     (gradient,) = torch.autograd.grad(logits, leaf, seed)
-    moved = (x + options.h * gradient.sign()).clamp(options.low, options.high)
+    moved = options.bounds.clip(x + options.h * gradient.sign())
     z_h = logits_of(model(moved), rows).detach().to(wide)
     gap, gap_h = (each.gather(1, y[:, None]) - each for each in (z, z_h))
     fall = gap - gap_h
     crossing = (options.h * gap / fall).masked_fill((fall <= 0) | is_y, math.inf)
     valid = _all(z.isfinite()) & _all(z_h.isfinite()) & _all(gradient.isfinite())
-    valid &= _all((x >= options.low) & (x <= options.high))
+    slack = options.bounds.slack(x.dtype)
+    valid &= _all((x >= options.low - slack) & (x <= options.high + slack))
     return y.masked_fill(~valid, -1), crossing.amin(1).masked_fill(~valid, math.nan)
 
 

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common.user_model import Model, check_device, logits_of, undisturbed, warn_not_finite
-from .search.options import WIDE, Options, SearchOptions, bounds_error, shows_options
-from .search.result import RadiusResult, concatenate
+from ._common.resolution import least_step
+from ._common.user_model import Model, check_device, logits_of, undisturbed
+from .search.options import WIDE, Options, SearchOptions, shows_options
+from .search.result import RadiusResult, concatenate, warn_about
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -80,14 +81,14 @@ def robust_radius(
             empty = RadiusResult.empty(x, chosen)
             return empty if full else empty.radius
         finite_rows = x.isfinite().flatten(1).all(1)
-        outside = ((x < chosen.low) | (x > chosen.high)).flatten(1).any(1) & finite_rows
+        outside = chosen.bounds.outside(x) & finite_rows
         if outside.any():
-            raise bounds_error(x[outside], len(x), chosen)
+            raise chosen.bounds.error(x[outside], len(x))
         check_device(model, x)
         with undisturbed(model, x.device):
             chunks = x.split(chosen.batch_size or len(x))
             result = concatenate([method(model, chunk, chosen) for chunk in chunks])
-    warn_not_finite(result.radius, stacklevel=2)
+    warn_about(result, stacklevel=2)
     return result if full else result.radius
 
 
@@ -166,7 +167,7 @@ def on_ray(x: Tensor, direction: Tensor, eps: Tensor, options: Options) -> Tenso
     """x(eps), with one eps for each row."""
     eps = eps.view(-1, *[1] * (x.ndim - 1))
     moved = x.to(eps.dtype) + eps * direction.to(eps.dtype)
-    return moved.clamp(options.low, options.high).to(x.dtype)
+    return options.bounds.clip(moved).to(x.dtype)
 
 
 # --- RR-BS ----------------------------------------------------------------------------------------
@@ -182,6 +183,7 @@ def searched_ray(model: Model, x: Tensor, options: Options) -> tuple[_Rows, Tens
     """The rows, their search on the ray done, and the directions of the ray."""
     direction, z, y = fgsm_direction(model, x, options.temperature, options.norm, options.target)
     row = _Rows(x, z, y, options)
+    row.least_step = least_step(x, direction)
     row.fail(~direction.isfinite().flatten(1).all(1))
 
     def probe(i: Tensor, eps: Tensor) -> Tensor:
@@ -202,7 +204,9 @@ def rr_bs_regrad(model: Model, x: Tensor, options: Options) -> RadiusResult:
         direction = textbook_direction(model, x, y, options.temperature)
         row.update(everything, logits_of(model(on_ray(x, direction, row.eps, options)), len(x)))
         row.rows += 2
-    return row.result()
+    result = row.result()
+    result.resolved.copy_(~result.radius.isnan())  # as well as 24 probes do
+    return result
 
 
 # --- PGD ------------------------------------------------------------------------------------------
@@ -219,6 +223,7 @@ def rr_pgd(model: Model, x: Tensor, options: Options) -> RadiusResult:
     y = ray.prediction.clamp_min(0)
     _, z, _, runner_up = attack_gradient(model, x, options.temperature, options.target, y)
     row = _Rows(x, z, ray.prediction, options)
+    row.least_step = ray.least_step
     row.fail(ray.lower.isnan())
     row.eps = ray.upper.where(ray.found, row.eps)
     seen = torch.zeros_like(row.active)
@@ -258,7 +263,7 @@ def rr_pgd(model: Model, x: Tensor, options: Options) -> RadiusResult:
     result = row.result()
     # The ray is one of the ball's: where its bracket is lower, that is the radius.
     nearer = ray.found & ~(result.radius <= ray.result().radius)
-    for name in ("radius", "lower", "upper", "flipped_to"):
+    for name in ("radius", "lower", "upper", "resolved", "flipped_to"):
         getattr(result, name)[nearer] = getattr(ray.result(), name)[nearer]
     result.forward_rows.add_(ray.rows)
     return result
@@ -271,7 +276,7 @@ def projected(point: Tensor, x: Tensor, eps: Tensor, options: Options) -> Tensor
         step = step.clamp(-eps, eps)
     elif step.norm() > eps:
         step = step * (eps / step.norm())
-    return (x + step).clamp(options.low, options.high)
+    return options.bounds.clip(x + step)
 
 
 TWINS = {"fgsm": rr_bs, "fgsm_l2": rr_bs, "pgd": rr_pgd, "pgd_l2": rr_pgd}
@@ -289,6 +294,7 @@ class _Rows:
         self.lower = x.new_zeros(len(x), dtype=z.dtype)
         self.upper = torch.full_like(self.lower, math.inf)
         self.eps = torch.full_like(self.lower, FIRST_STEP * options.eps_max)
+        self.least_step = torch.zeros_like(self.lower)
         self.flipped_to = torch.full_like(y, -1)
         self.rows, self.backwards = torch.zeros_like(y), torch.zeros_like(y)
         self.active = torch.ones_like(y, dtype=torch.bool)
@@ -297,6 +303,10 @@ class _Rows:
     @property
     def found(self) -> Tensor:
         return self.upper.isfinite()
+
+    @property
+    def narrow(self) -> Tensor:
+        return self.upper - self.lower <= self.options.rtol * self.upper
 
     @property
     def exhausted(self) -> Tensor:
@@ -314,8 +324,8 @@ class _Rows:
         while self.active.any():
             i = self.active.nonzero().squeeze(1)
             self.update(i, probe(i, self.eps[i]))
-            gap = self.upper - self.lower.clamp_min(self.options.eps_min)
-            closed = self.found & (gap <= self.options.rtol * self.upper)
+            gap = self.upper - self.lower.maximum(self.least_step)
+            closed = self.found & (gap <= self.options.narrowest * self.upper)
             self.active &= ~closed & ~self.exhausted
 
     def update(self, i: Tensor, z: Tensor) -> None:
@@ -337,6 +347,7 @@ class _Rows:
             lower=self.lower,
             upper=self.upper,
             found=self.found,
+            resolved=self.narrow.where(self.found, self.exhausted),
             prediction=self.prediction,
             flipped_to=self.flipped_to.where(self.found, -1),
             forward_rows=self.rows,
@@ -369,6 +380,7 @@ def rr_fast(model: Model, x: Tensor, options: Options) -> RadiusResult:
         lower=radius.where(found | failed, options.eps_max),
         upper=radius,
         found=found & ~failed,
+        resolved=~failed,
         prediction=y.where(~failed, -1),
         flipped_to=flipped_to.where(found & ~failed, -1),
         forward_rows=torch.ones_like(y),

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -61,7 +62,7 @@ class Place {
 class PyState {
  public:
   PyState(py::object brackets, py::object gaps, py::object probes, double rtol, double eps_max,
-          double eps_min, double temperature, bool bisect)
+          double temperature, bool bisect)
       : owners_{brackets, gaps, probes},
         brackets_(read(brackets, "brackets")),
         gaps_(read(gaps, "gaps")),
@@ -76,14 +77,19 @@ class PyState {
       require(t->rows() == brackets_.rows(), *t, "must have one row per sample");
       require(t->strides[1] == 1 || t->sizes[1] <= 1, *t, "must have contiguous rows");
     }
-    params_ = {rtol, eps_max, eps_min, temperature, static_cast<int>(probes_.sizes[1]), bisect};
+    if (!(rtol > 0 && rtol < 1 && eps_max > 0 && std::isfinite(eps_max) && temperature > 0)) {
+      fail("State", "needs rtol in (0, 1), a finite eps_max > 0 and a temperature > 0");
+    }
+    params_ = {rtol, eps_max, temperature, static_cast<int>(probes_.sizes[1]), bisect, 0};
+    params_.max_rows =
+        dtype() == DType::kFloat64 ? rat::max_rows<double>(params_) : rat::max_rows<float>(params_);
   }
 
   DType dtype() const { return brackets_.dtype; }
   const Tensor& brackets() const { return brackets_; }
   int64_t classes() const { return gaps_.sizes[1] / kKnots; }
   int probes() const { return params_.probes; }
-  int max_rows() const { return rat::max_rows(params_); }
+  int max_rows() const { return params_.max_rows; }
 
   void require_rows(int64_t begin, int64_t count) const {
     require(begin >= 0 && begin + count <= brackets_.rows(), brackets_,
@@ -101,10 +107,10 @@ class PyState {
     };
     const SearchParams<T> params{static_cast<T>(params_.rtol),
                                  static_cast<T>(params_.eps_max),
-                                 static_cast<T>(params_.eps_min),
                                  static_cast<T>(params_.temperature),
                                  params_.probes,
-                                 params_.bisect};
+                                 params_.bisect,
+                                 params_.max_rows};
     return {part(brackets_), part(gaps_), part(probes_), params};
   }
   template <typename T>
@@ -275,8 +281,8 @@ PYBIND11_MODULE(RAT_EXT_MODULE, m) {
   m.attr("BUILD_TYPE") = RAT_EXT_BUILD_TYPE;
 
   py::class_<rat::PyState>(m, "State", py::module_local())
-      .def(py::init<py::object, py::object, py::object, double, double, double, double, bool>(),
-           "brackets"_a, "gaps"_a, "probes"_a, py::kw_only(), "rtol"_a, "eps_max"_a, "eps_min"_a,
+      .def(py::init<py::object, py::object, py::object, double, double, double, bool>(),
+           "brackets"_a, "gaps"_a, "probes"_a, py::kw_only(), "rtol"_a, "eps_max"_a,
            "temperature"_a, "bisect"_a)
       .def("max_rows", &rat::PyState::max_rows);
 

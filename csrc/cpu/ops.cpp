@@ -43,22 +43,28 @@ void work(Threads threads, const Aim<S>& op) {
     const S* gradients = op.gradient.row(i);
     const S* values = op.x.row(i);
     int8_t* directions = op.direction.row(i);
-    const auto take = [&](int64_t k) {
-      const T gradient = widen(gradients[k]);
-      directions[k] = direction_of(gradient);
-      return slope_of(gradient, widen(values[k]), low, high);
-    };
-    // Independent partial sums: vectorisable, and more accurate than one running sum.
+    // Independent partial results: vectorisable, and sums more accurate than one running sum.
     constexpr int kLanes = 64;
-    std::array<T, kLanes> partial{};
+    std::array<T, kLanes> slope{}, nearest, largest{};
+    nearest.fill(std::numeric_limits<T>::infinity());
+    const auto take = [&](int64_t k, int lane) {
+      const T gradient = widen(gradients[k]), x = widen(values[k]), size = std::fabs(x);
+      directions[k] = direction_of(gradient);
+      const T along = slope_of(gradient, x, low, high);
+      slope[lane] += along;
+      nearest[lane] = along > T(0) && size < nearest[lane] ? size : nearest[lane];
+      largest[lane] = size > largest[lane] ? size : largest[lane];
+    };
     int64_t k = 0;
     for (; k + kLanes <= elements; k += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) partial[lane] += take(k + lane);
+      for (int lane = 0; lane < kLanes; ++lane) take(k + lane, lane);
     }
-    double slope = 0;
-    for (; k < elements; ++k) slope += take(k);
-    for (const T sum : partial) slope += sum;
-    op.state.search(i).aim(static_cast<T>(slope));
+    for (int lane = 0; k < elements; ++k, ++lane) take(k, lane);
+    Ray<T> ray{slope[0], nearest[0], largest[0]};
+    for (int lane = 1; lane < kLanes; ++lane) {
+      ray = MergeRays{}(ray, Ray<T>{slope[lane], nearest[lane], largest[lane]});
+    }
+    op.state.search(i).aim(static_cast<T>(ray.slope), least_step<S>(ray));
   });
 }
 

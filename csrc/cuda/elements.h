@@ -104,20 +104,24 @@ struct AimKernel {
   RAT_HD void operator()(const Thread& thread) const {
     using T = wide_t<S>;
     for (int64_t i = thread.block(); i < op.x.rows; i += thread.blocks()) {
-      double slope = 0;
+      Ray<T> ray{0, static_cast<T>(INFINITY), 0};
       for (int64_t k = thread.rank(); k < op.x.elements / kWidth; k += thread.size()) {
         const Pack<S, kWidth> gradient = pack_at<kWidth>(op.gradient.row(i), k);
         const Pack<S, kWidth> x = pack_at<kWidth>(op.x.row(i), k);
         Pack<int8_t, kWidth> d;
         for (int j = 0; j < kWidth; ++j) {
-          const T value = widen(gradient.values[j]);
+          const T value = widen(gradient.values[j]), from = widen(x.values[j]);
           d.values[j] = direction_of(value);
-          slope += slope_of(value, widen(x.values[j]), op.bounds.low, op.bounds.high);
+          const T along = slope_of(value, from, op.bounds.low, op.bounds.high);
+          const T size = std::fabs(from), nearest = along > T(0) ? size : ray.nearest;
+          ray = MergeRays{}(ray, Ray<T>{along, nearest, size});
         }
         pack_at<kWidth>(op.direction.row(i), k) = d;
       }
-      slope = BlockTeam<Thread>{thread}.reduce(slope, Add{});
-      if (thread.rank() == 0) op.state.search(i).aim(static_cast<T>(slope));
+      ray = BlockTeam<Thread>{thread}.reduce(ray, MergeRays{});
+      if (thread.rank() == 0) {
+        op.state.search(i).aim(static_cast<T>(ray.slope), least_step<S>(ray));
+      }
     }
   }
 };

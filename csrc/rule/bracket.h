@@ -23,6 +23,7 @@ struct Bracket {
   T flipped_to;  // class at `upper`; -1 until one is seen
   T margin;      // z_y minus the runner-up's logit at radius 0, over the temperature; >= 0
   T slope;       // minus the derivative of the log-odds along the ray at radius 0; >= 0
+  T least_step;  // no smaller radius moves the input
   T rows;        // forward rows spent on the search so far
   T fallbacks;   // how many of the rounds bisected because the estimate could not be trusted
   T budget;      // rows left for the bracket; see the worst case in search.h
@@ -39,10 +40,10 @@ struct Bracket {
 };
 
 // The fields by name and in order, for the bindings.
-constexpr const char* kBracketFields[] = {"lower",      "upper",      "prediction", "flipped_to",
-                                          "margin",     "slope",      "rows",       "fallbacks",
-                                          "budget",     "third",      "previous",   "streak",
-                                          "lower_knot", "upper_knot", "third_knot", "status"};
+constexpr const char* kBracketFields[] = {
+    "lower",      "upper",      "prediction", "flipped_to", "margin", "slope",
+    "least_step", "rows",       "fallbacks",  "budget",     "third",  "previous",
+    "streak",     "lower_knot", "upper_knot", "third_knot", "status"};
 constexpr int kFields = sizeof(Bracket<float>) / sizeof(float);
 static_assert(sizeof kBracketFields / sizeof *kBracketFields == kFields, "one name per field");
 
@@ -59,10 +60,10 @@ template <typename T>
 struct SearchParams {
   T rtol;
   T eps_max;  // end of the ray: the largest radius looked at
-  T eps_min;  // radii below are not told apart from 0 (resolution of the input's dtype)
   T temperature;
-  int probes;   // per row and round
-  bool bisect;  // plain doubling and bisection instead of the rule
+  int probes;    // per row and round
+  bool bisect;   // plain doubling and bisection instead of the rule
+  int max_rows;  // a row that takes more is given up; see max_rows() in plan.h
 };
 
 }  // namespace rat

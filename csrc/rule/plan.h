@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "rule/bracket.h"
+#include "scalars.h"
 
 namespace rat {
 
@@ -43,7 +44,7 @@ struct Planner {
     const T radius =
         params.bisect ? params.eps_max * T(1e-6) : T(kFirstStep) * row.margin / row.slope;
     for (int i = 0; i < params.probes; ++i) {
-      place(i, radius * std::pow(ratio, T(i) - centre), params.eps_min, params.eps_max);
+      place(i, radius * std::pow(ratio, T(i) - centre), row.least_step, params.eps_max);
     }
   }
 
@@ -51,17 +52,18 @@ struct Planner {
   RAT_HD void settle(bool was_flipped, T estimate) {
     if (!row.active()) return;
     row.rows += static_cast<T>(params.probes);
+    const bool spent = row.rows >= static_cast<T>(params.max_rows);
     if (row.flipped()) {
       row.budget = was_flipped ? row.budget - T(1)
                                : bisections(row.lower, row.upper) + static_cast<T>(kSlack);
-      if (closed()) {
+      if (closed() || spent) {
         row.status = T(kFound);
       } else if (params.bisect) {
         split(false);
       } else {
         narrow_bracket(estimate);
       }
-    } else if (row.lower >= params.eps_max) {
+    } else if (row.lower >= params.eps_max || spent) {
       row.status = T(kNotFound);
     } else {
       expand(estimate);
@@ -70,7 +72,7 @@ struct Planner {
 
  private:
   // `lower` as a positive number, for ratios.
-  RAT_HD T floor() const { return row.lower > params.eps_min ? row.lower : params.eps_min; }
+  RAT_HD T floor() const { return larger(row.lower, row.least_step); }
   RAT_HD T midpoint() const { return std::sqrt(floor()) * std::sqrt(row.upper); }
 
   // Closing steps aim just inside the tolerance, so that rounding cannot leave a bracket open.
@@ -80,8 +82,13 @@ struct Planner {
 
   // How many geometric bisections close the bracket (a, b); not rounded, negative if it is closed.
   RAT_HD T bisections(T a, T b) const {
-    if (a < params.eps_min) a = params.eps_min;
-    return std::log2(std::log(b / a) / -std::log1p(-params.rtol));
+    return std::log2(log_ratio(larger(a, row.least_step), b) / -std::log1p(-params.rtol));
+  }
+
+  // log(b / a), also where b / a overflows.
+  RAT_HD static T log_ratio(T a, T b) {
+    const T ratio = b / a;
+    return std::isfinite(ratio) ? std::log(ratio) : std::log(b) - std::log(a);
   }
 
   // Writes probe i, kept ascending and inside [low, high].
@@ -108,7 +115,7 @@ struct Planner {
         radius =
             clamp(estimate * (T(1) + step() * offset), i == last ? low : closing_above(), high);
       }
-      place(i, radius, params.eps_min, params.eps_max);
+      place(i, radius, row.least_step, params.eps_max);
     }
   }
 
@@ -116,11 +123,11 @@ struct Planner {
   RAT_HD void split(bool fallback) {
     if (fallback) row.fallbacks += T(1);
     const T parts = static_cast<T>(params.probes + 1);
-    const T ratio = row.upper / floor();
+    const T span = log_ratio(floor(), row.upper);
     for (int i = 0; i < params.probes; ++i) {
       const T part = static_cast<T>(i + 1) / parts;
       const T radius =
-          fallback ? floor() * std::pow(ratio, part) : row.lower + (row.upper - row.lower) * part;
+          fallback ? floor() * std::exp(span * part) : row.lower + (row.upper - row.lower) * part;
       place(i, radius, row.lower, row.upper);
     }
   }
@@ -160,10 +167,11 @@ struct Planner {
 };
 
 // No row takes more forward rows than this, whatever the model: the rounds in which nothing flips
-// (kFreeRounds free ones, then steps by 2, 4, 8, ... from eps_min to eps_max) and the budget of the
-// widest bracket. For the plain bisection: doublings from 1e-6 of the ray, then halvings.
-inline int max_rows(const SearchParams<double>& params) {
-  const double octaves = std::log2(params.eps_max / params.eps_min);
+// (kFreeRounds free ones, then steps by 2, 4, 8, ... from the least step to eps_max) and the budget
+// of the widest bracket. For the plain bisection: doublings from 1e-6 of the ray, then halvings.
+template <typename T>
+int max_rows(const SearchParams<double>& params) {
+  const double octaves = larger(std::log2(params.eps_max) - std::log2(kTiny<T>), 1.0);
   const double rate = -std::log1p(-params.rtol);
   int rounds = 3;
   if (params.bisect) {

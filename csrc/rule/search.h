@@ -76,11 +76,13 @@ struct Search {
 
   // The ray is known: `slope` is the fall along it of z_y - sum_j w_j z_j, whose weights w are the
   // seed's: of the log-odds, but for the temperature. One member calls.
-  RAT_HD void aim(T slope) {
+  RAT_HD void aim(T slope, T least_step) {
     row.slope = slope / params.temperature;
+    row.least_step = least_step;
     if (!std::isfinite(row.slope)) row.status = T(kNotFinite);
     if (!row.active()) return;
-    if (row.slope == T(0)) {  // no element can move: every point of the ray is x itself
+    // No element can move, or not as far as is looked: every point of the ray is x itself.
+    if (row.slope == T(0) || least_step >= params.eps_max) {
       row.lower = params.eps_max;
       row.status = T(kNotFound);
     } else {

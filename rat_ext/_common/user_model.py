@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -64,21 +63,6 @@ def check_device(model: Model, x: Tensor) -> None:
         raise ValueError(
             f"x is on {x.device} but the model is on {where}; move one of them, for example "
             f"x.to('{where.split(', ')[0]}')"
-        )
-
-
-def warn_not_finite(radius: Tensor, stacklevel: int) -> None:
-    """One warning for all the rows whose radius is nan, if there are any.
-
-    `stacklevel` is that of `warnings.warn`, counted from the caller.
-    """
-    bad = int(radius.isnan().sum())
-    if bad:
-        warnings.warn(
-            f"{bad} of {len(radius)} rows have inputs, logits or gradients that are not finite; "
-            "their radius is nan",
-            RuntimeWarning,
-            stacklevel=stacklevel + 1,
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .._common.bounds import Value
 from .._common.user_model import Model, logits_of
 from ..search.attack import Attack, register
 from ..search.options import WIDE, Options
@@ -40,8 +41,8 @@ class AttackRay(VectorRay):
         self.start(slope.clamp_min(torch.finfo(slope.dtype).tiny).where(found > 0, 0), begin)
         parts = self.options.probes
         shares = torch.arange(1, parts + 1, device=found.device, dtype=found.dtype) / parts
-        limits = (self.options.eps_min, self.options.eps_max)
-        self.probes[rows] = (found[:, None] * shares).clamp_(*limits)
+        probes = (found[:, None] * shares).maximum(self.column("least_step")[rows, None])
+        self.probes[rows] = probes.clamp_max_(self.options.eps_max)
 
     def attack(self, rows: slice) -> tuple[Tensor, WatchedModel]:
         """The steps from rows of x to what the attack finds, and the model that it used."""
@@ -49,13 +50,19 @@ class AttackRay(VectorRay):
         x = self.x[rows].contiguous()
         wide = WIDE[x.dtype]
         # Rows that are given up anyway must not upset the others.
-        x = x.where(like_rows(x.flatten(1).isfinite().all(1), x), options.low)
-        low, width = (options.low, options.high - options.low) if attack.library else (0.0, 1.0)
+        clip = options.bounds.clip
+        x = x.where(like_rows(x.flatten(1).isfinite().all(1), x), clip(torch.zeros_like(x)))
+        low: Value = 0.0
+        width: Value = 1.0
+        if attack.library:  # which takes inputs in [0, 1]
+            low, width = options.bounds.low, options.bounds.width
+            if isinstance(width, Tensor):
+                width = width.where(width > 0, 1)
         watched = WatchedModel(self.model, x, low, width)
         run: Any = attack.function
         if attack.library:
             run = functools.partial(_LIBRARIES[attack.library], attack, options.steps)
-        start = (x - low) / width
+        start = ((x - low) / width).to(x.dtype)
         if attack.library:
             start.clamp_(0, 1)  # what rounding did
         with torch.enable_grad():
@@ -66,8 +73,8 @@ class AttackRay(VectorRay):
                 f"attack {attack.name!r} returned {what}; expected inputs of shape {tuple(x.shape)}"
             )
         # A difference of the library's points, so that what it left alone has not moved at all.
-        step = (found.detach().to(x.device, wide) - start.to(wide)) * width
-        return (x.to(wide) + step).clamp_(options.low, options.high) - x.to(wide), watched
+        step = ((found.detach().to(x.device, wide) - start.to(wide)) * width).to(wide)
+        return clip(x.to(wide) + step) - x.to(wide), watched
 
     def result(self, rows: int | None = None) -> RadiusResult:
         result = super().result(rows)
@@ -87,7 +94,7 @@ class WatchedModel(nn.Module):
     reach the inputs and nothing else: ``backward()`` leaves no ``.grad`` on the model's parameters.
     """
 
-    def __init__(self, model: Model, x: Tensor, low: float = 0.0, width: float = 1.0) -> None:
+    def __init__(self, model: Model, x: Tensor, low: Value = 0.0, width: Value = 1.0) -> None:
         super().__init__()
         self.training = False
         self.device_of = nn.Parameter(x.new_empty(0), requires_grad=False)  # libraries ask for it

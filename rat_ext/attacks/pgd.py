@@ -15,8 +15,8 @@ from ..search.attack import register
 from ..search.bracket_search import BracketSearch
 from ..search.options import Options
 from ..search.result import RadiusResult, smallest
-from ..search.tensors import differentiable_logits
-from .rays import VectorRay, length, like_rows, steepest
+from ..search.tensors import differentiable_logits, for_core
+from .rays import VectorRay, fgsm, length, like_rows, steepest
 
 PGD_STEPS = 10
 PGD_STEP_SIZE = 2.5
@@ -30,7 +30,7 @@ class PGD:
     """The ray of the gradient, then balls from the ray's radius on; the smaller radius counts."""
 
     def __init__(self, model: Model, x: Tensor, classes: int, options: Options) -> None:
-        kind = BracketSearch if options.norm == "linf" else VectorRay
+        kind = fgsm if options.norm == "linf" else VectorRay
         self.ray = kind(model, x, classes, options)
         self.aim, self.exclude = self.ray.aim, self.ray.exclude
 
@@ -72,19 +72,19 @@ class BallSearch(BracketSearch):
         )
 
     def logits_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> Tensor:
-        low, high, norm = self.options.low, self.options.high, self.options.norm
+        clip, norm = self.options.bounds.clip, self.options.norm
         rows = index.long()
         x, y = self.x[rows].to(radii.dtype), self.predicted(rows)
         eps = like_rows(radii[rows, 0], x)
         first = self.column("rows")[rows] == 0
-        point = (x + eps * self.direction[rows]).clamp_(low, high)
+        point = clip(x + eps * self.direction[rows])
         best, best_margin = point.clone(), radii.new_full((len(rows),), math.inf)
         best_logits = self.gaps.new_empty(len(rows), self.gaps.shape[1] // core.KNOTS)
         left = torch.arange(len(rows), device=rows.device)  # the rows that go on, and their points
         for step in range(self.steps + 1):
             self.forwards[rows[left]] += 1
             leaf, logits = self._forward(point, with_graph=step < self.steps)
-            z = logits.detach().to(radii.dtype)
+            z = for_core(logits, self.x).to(radii.dtype)
             margin = margin_of(z, y[left])
             deeper = ~(margin >= best_margin[left])  # also where it is not finite
             at = left[deeper]
@@ -101,7 +101,7 @@ class BallSearch(BracketSearch):
                 break
             size = eps[left] * (PGD_STEP_SIZE / self.steps)
             moved = point + size * steepest(gradient, norm) - x[left]
-            point = (x[left] + project(moved, eps[left], norm)).clamp_(low, high)
+            point = clip(x[left] + project(moved, eps[left], norm))
         self.direction[rows] = (best - x) / eps
         return best_logits
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from .._common.resolution import least_step
 from .._common.user_model import Model, logits_of
 from .._core import core
 from ..search.attack import register
@@ -41,6 +44,13 @@ def like_rows(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
+@register("fgsm", by_gradient=True)
+def fgsm(model: Model, x: Tensor, classes: int, options: Options) -> BracketSearch:
+    """The ray of the gradient's sign: in the core, which knows one range for all elements."""
+    kind = BracketSearch if options.bounds.uniform else VectorRay
+    return kind(model, x, classes, options)
+
+
 @register("fgsm_l2", norm="l2", by_gradient=True)
 class VectorRay(BracketSearch):
     """Searches on the rays ``clip(x + e * d)`` of any directions d; here, those of the gradient.
@@ -56,7 +66,7 @@ class VectorRay(BracketSearch):
     def head(self, gradient: Tensor, begin: int) -> None:
         rows = slice(begin, begin + len(gradient))
         gradient = gradient.to(self.direction.dtype)
-        self.direction[rows] = unit(gradient, self.options.norm)
+        self.direction[rows] = steepest(gradient, self.options.norm)
         self.start(self.slope(gradient, rows), begin)
 
     def slope(self, gradient: Tensor, rows: slice) -> Tensor:
@@ -68,15 +78,20 @@ class VectorRay(BracketSearch):
 
     def start(self, slope: Tensor, begin: int) -> None:
         """Plan the first probes of rows begin, begin + 1, ... from their slopes."""
-        # The core sums |gradient| over the elements that can move: here one, whose gradient it is.
+        # The core sums |gradient| over the elements that can move, and looks at their size: here
+        # it is shown one, of such a gradient and size.
+        rows = slice(begin, begin + len(slope))
         one = slope[:, None].clamp_min(0)
-        x, direction = torch.zeros_like(one), torch.empty_like(one, dtype=torch.int8)
-        core.aim(one, x, direction, -1, 1, self.state, begin, **launch_arguments(one))
+        least = least_step(self.x[rows], self.direction[rows])
+        x = (least * (4 / torch.finfo(one.dtype).eps))[:, None]
+        direction = torch.empty_like(one, dtype=torch.int8)
+        launch = launch_arguments(one)
+        core.aim(one, x, direction, -math.inf, math.inf, self.state, begin, **launch)
 
     def logits_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> Tensor:
         rows = index.long()
         e = radii[rows].flatten()
         rows = rows.repeat_interleave(radii.shape[1])
         moved = torch.addcmul(self.x[rows].to(e.dtype), self.direction[rows], like_rows(e, self.x))
-        points = points[: len(rows)].copy_(moved.clamp_(self.options.low, self.options.high))
+        points = points[: len(rows)].copy_(self.options.bounds.clip(moved))
         return for_core(logits_of(self.model(points), len(points)), self.x)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._common.user_model import Model, check_device, undisturbed, warn_not_finite
+from .._common.user_model import Model, check_device, undisturbed
 from ..search.bracket_search import BracketSearch
 from ..search.options import Options, SearchOptions, shows_options
-from ..search.result import RadiusResult, concatenate
+from ..search.result import RadiusResult, concatenate, warn_about
 from ..search.tensors import (
     checked_input,
     differentiable_logits,
@@ -134,7 +134,7 @@ class RadiusEstimator:
                 results = [self._search_rows(rows) for rows in x.split(len(like))]
         result = concatenate(results) if len(results) > 1 else results[0]
         if self._check_input:
-            warn_not_finite(result.radius, stacklevel=2)
+            warn_about(result, stacklevel=2)
         return result
 
     def _search_rows(self, x: Tensor) -> RadiusResult:

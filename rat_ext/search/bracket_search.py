@@ -9,10 +9,9 @@ from torch import Tensor
 
 from .._common.user_model import Model, logits_of
 from .._core import core
-from .attack import register
 from .options import WIDE, Options
 from .result import RadiusResult
-from .tensors import empty_rows_like, for_core, launch_arguments
+from .tensors import empty_rows_like, for_core, launch_arguments, plain
 
 _COLUMN = {name: i for i, name in enumerate(core.BRACKET_FIELDS)}
 
@@ -49,7 +48,6 @@ class ActiveCount:
         return int(self.host)
 
 
-@register("fgsm", by_gradient=True)
 class BracketSearch:
     """The bracket searches of all rows of x, each on its FGSM ray.
 
@@ -68,9 +66,8 @@ class BracketSearch:
             self.brackets,
             self.gaps,
             self.probes,
-            rtol=options.rtol,
+            rtol=options.narrowest,
             eps_max=options.eps_max,
-            eps_min=options.eps_min,
             temperature=options.temperature,
             bisect=options.bisect,
         )
@@ -87,17 +84,18 @@ class BracketSearch:
             logits, leaf, seed.to(logits.dtype), retain_graph=retain_graph
         )
         self.head(gradient, begin)
+        if self.options.method == "fast":
+            self.probes[begin : begin + len(leaf)].fill_(self.options.h)
 
     def head(self, gradient: Tensor, begin: int) -> None:
         """Take the direction and the first probes of rows begin, ... from the input gradient."""
         low, high = self.options.low, self.options.high
         rows = slice(begin, begin + len(gradient))
         x, direction = self.x[rows], self.direction[rows]
+        gradient = plain(gradient)
         if gradient.stride() != x.stride():
             gradient = empty_rows_like(x, len(x), x.dtype).copy_(gradient)
         core.aim(gradient, x, direction, low, high, self.state, begin, **launch_arguments(x))
-        if self.options.method == "fast":
-            self.probes[rows].fill_(self.options.h)
 
     def exclude(self, rows: Tensor) -> None:
         """Give up the first len(rows) rows where the (...,) bool `rows` is True."""
@@ -161,6 +159,11 @@ class BracketSearch:
         classes = self.gaps.shape[1] // core.KNOTS
         return self.column("prediction")[rows].long().clamp_(0, classes - 1)
 
+    def resolved(self, lower: Tensor, upper: Tensor, found: Tensor) -> Tensor:
+        """Whether a bracket is as narrow as was asked for; the whole ray, where nothing flipped."""
+        narrow = upper - lower <= self.options.rtol * upper
+        return narrow.where(found, lower >= self.options.eps_max)
+
     def result(self, rows: int | None = None) -> RadiusResult:
         """The results of the first `rows` rows, of all by default."""
         column = {name: self.column(name)[:rows] for name in _COLUMN}
@@ -175,6 +178,7 @@ class BracketSearch:
             lower=lower,
             upper=upper,
             found=found,
+            resolved=self.resolved(lower, upper, found),
             prediction=column["prediction"].where(finite, -1).long(),
             flipped_to=column["flipped_to"].where(found, -1).long(),
             forward_rows=column["rows"].long(),

@@ -25,10 +25,13 @@ from typing import (
 import torch
 from torch import Tensor
 
+from .._common.bounds import Bounds, Value
 from .attack import Attack, AttackFunction, Norm, require_choice, resolve
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+End = float | Tensor | None
 
 WIDE = {
     torch.float16: torch.float32,
@@ -37,6 +40,9 @@ WIDE = {
     torch.float64: torch.float64,
 }
 """The dtype of radii and of the search's arithmetic, for each dtype of the input."""
+
+HALF_STEPS = 4
+"""Spacings of an input in half precision that a bracket is wide at least."""
 
 MAX_PROBES = 32  # kMaxProbes of csrc/rule/bracket.h
 
@@ -63,6 +69,10 @@ def _positive(value: Any) -> str | None:
     return None if fine else "it must be positive and finite"
 
 
+def _distance(value: Any) -> str | None:
+    return None if value is None or value > 0 else "it must be positive"
+
+
 def _count(value: Any) -> str | None:
     return None if value is None or value >= 1 else "it must be at least 1, or None"
 
@@ -87,7 +97,13 @@ class SearchOptions(TypedDict, total=False):
         float, Option(1e-2, "a bracket is narrow enough when upper - lower <= rtol * upper.")
     ]
     bounds: Annotated[
-        tuple[float, float], Option((0.0, 1.0), "smallest and largest value of an input element.")
+        tuple[End, End] | None,
+        Option(
+            (0.0, 1.0),
+            "smallest and largest value of an input element: two numbers, or tensors that "
+            "broadcast to a row of x, for bounds of each feature. An end that is None or infinite "
+            "is none, and so is ``bounds=None``: there the ray is not clipped.",
+        ),
     ]
     temperature: Annotated[
         float,
@@ -99,9 +115,10 @@ class SearchOptions(TypedDict, total=False):
         float | None,
         Option(
             None,
-            "how far to search; default the largest distance of two points in the bounds: their "
-            "width, times the square root of the elements for L2.",
-            _positive,
+            "how far to search; default the largest distance of two points in the bounds (their "
+            "width, times the square root of the elements for L2), or 1e6 where that is infinite. "
+            "math.inf for as far as the dtype goes.",
+            _distance,
         ),
     ]
     attack: Annotated[
@@ -229,8 +246,11 @@ class Options:
 
     method: str
     rtol: float
-    low: float
-    high: float
+    """As asked for."""
+    narrowest: float
+    """The relative width at which a bracket is closed: rtol, but no less than inputs in half
+    precision have steps for."""
+    bounds: Bounds
     temperature: float
     eps_max: float
     batch_size: int | None
@@ -251,10 +271,14 @@ class Options:
         return replace(self, attacks=(attack,))
 
     @property
-    def eps_min(self) -> float:
-        # Half the spacing of float32 numbers below 1, in units of the bounds: smaller steps are
-        # rounded away. Inputs in half precision are coarser still, but not near their low end.
-        return (self.high - self.low) * 2.0**-24
+    def low(self) -> Value:
+        """The smallest value of an input element, or of each."""
+        return self.bounds.low
+
+    @property
+    def high(self) -> Value:
+        """The largest value of an input element, or of each."""
+        return self.bounds.high
 
     @classmethod
     def checked(cls, x: Tensor, **given: Unpack[SearchOptions]) -> Options:
@@ -271,24 +295,24 @@ class Options:
                 raise ValueError(f"{name} is {value[name]!r}; {complaint}")
         attacks = resolve(value["attack"], value["norm"])
         _check_input_type(x)
-        low, high = _checked_bounds(value["bounds"])
+        bounds = Bounds.parse(value["bounds"], x)
         finest = 64 * torch.finfo(WIDE[x.dtype]).eps
         if not finest <= value["rtol"] < 1:
             raise ValueError(
                 f"rtol is {value['rtol']}; for {x.dtype} inputs it must be at least {finest:.1e} "
                 "and below 1. For a finer one use float64 inputs and a float64 model"
             )
-        _check_together(value, attacks)
+        _check_together(value, attacks, bounds)
         eps_max = value["eps_max"]
-        if eps_max is None:  # the largest distance of two points in the bounds
-            eps_max = high - low
-            if attacks[0].norm == "l2":
-                eps_max *= math.sqrt(math.prod(x.shape[1:]))
+        if eps_max is None:
+            eps_max = bounds.reach(attacks[0].norm, x)
+        # Further out, sums of two radii or of a radius and an input overflow.
+        eps_max = min(eps_max, torch.finfo(WIDE[x.dtype]).max / 4)
         return cls(
             method=value["method"],
             rtol=value["rtol"],
-            low=low,
-            high=high,
+            narrowest=max(value["rtol"], HALF_STEPS * torch.finfo(x.dtype).eps),
+            bounds=bounds,
             temperature=value["temperature"],
             eps_max=eps_max,
             batch_size=value["batch_size"],
@@ -315,16 +339,7 @@ def _check_input_type(x: Tensor) -> None:
         )
 
 
-def _checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
-    if len(bounds) != 2 or not (math.isfinite(bounds[0]) and math.isfinite(bounds[1])):
-        raise ValueError(f"bounds is {bounds}; expected two finite numbers (low, high)")
-    low, high = map(float, bounds)
-    if not low < high:
-        raise ValueError(f"bounds is {bounds}; low must be below high")
-    return low, high
-
-
-def _check_together(value: dict[str, Any], attacks: tuple[Attack, ...]) -> None:
+def _check_together(value: dict[str, Any], attacks: tuple[Attack, ...], bounds: Bounds) -> None:
     """Raise if options that are each fine do not go together."""
     names = ", ".join(repr(each.name) for each in attacks)
     if value["method"] == "fast" and names != "'fgsm'":
@@ -336,19 +351,14 @@ def _check_together(value: dict[str, Any], attacks: tuple[Attack, ...]) -> None:
         raise ValueError(
             f"probes is {value['probes']}; attack {slow[0]!r} takes one at a time: use probes=1"
         )
+    borrowed = [each.name for each in attacks if each.library]
+    if borrowed and not bounds.finite:
+        raise ValueError(
+            f"attack {borrowed[0]!r} needs finite bounds; give them, or use 'fgsm' or 'pgd'"
+        )
     if value["target"] is not None:
         require_choice("target", value["target"], ("runner-up",))
         if not any(each.by_gradient for each in attacks):
             raise ValueError(f"target is for the attacks 'fgsm' or 'pgd'; got {names}")
     if value["steps"] is not None and not any(each.iterative for each in attacks):
         raise ValueError(f"steps is for iterative attacks with a name; got {names}")
-
-
-def bounds_error(outside: Tensor, rows: int, options: Options) -> ValueError:
-    """The error for an input of `rows` rows of which those in `outside` leave the bounds."""
-    return ValueError(
-        f"x has values from {outside.min().item():.4g} to {outside.max().item():.4g}, outside "
-        f"bounds ({options.low:g}, {options.high:g}), in {len(outside)} of {rows} rows. The usual "
-        "cause is normalising before the model: put the normalisation inside the model, as its "
-        "first layer, and pass x unnormalised. If x has another range, pass bounds=(low, high)"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -42,6 +43,9 @@ class RadiusResult:
     """Smallest radius probed at which it has changed; inf where none was found."""
     found: Tensor
     """bool: a change of prediction was found up to eps_max."""
+    resolved: Tensor
+    """bool: the search came to its end. False where the bracket is wider than rtol asks for, as the
+    dtype of the input tells no smaller steps apart; where a search was given up; and for nan."""
     prediction: Tensor
     """int64: the model's prediction; -1 where a row is not finite."""
     flipped_to: Tensor
@@ -74,6 +78,7 @@ class RadiusResult:
             lower=real,
             upper=real,
             found=found,
+            resolved=found,
             prediction=integer,
             flipped_to=integer,
             forward_rows=integer,
@@ -123,6 +128,30 @@ class LoaderRadii(NamedTuple):
     target: Tensor | None
 
 
+def warn_about(result: RadiusResult, stacklevel: int) -> None:
+    """One warning for the rows that are not finite, and one for those that are not resolved.
+
+    `stacklevel` is that of `warnings.warn`, counted from the caller.
+    """
+    unknown = result.radius.isnan()
+    coarse = ~result.resolved & ~unknown
+    for rows, what in (
+        (unknown, "inputs, logits or gradients that are not finite; their radius is nan"),
+        (
+            coarse,
+            "a bracket that is wider than rtol asks for, because the dtype of the input has no "
+            "finer steps or the search was given up; `resolved` of the full result tells which. "
+            "Inputs of a wider dtype have finer steps",
+        ),
+    ):
+        if count := int(rows.sum()):
+            warnings.warn(
+                f"{count} of {len(result)} rows have {what}",
+                RuntimeWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+
 def smallest(results: Sequence[RadiusResult]) -> RadiusResult:
     """For each row the result with the smallest radius, and what all of them took together."""
     # Not found is worse than any radius, and not finite worse than that. The first of equals wins.
@@ -136,7 +165,7 @@ def smallest(results: Sequence[RadiusResult]) -> RadiusResult:
     def total(name: str) -> Any:
         return sum(getattr(result, name) for result in results)
 
-    chosen = ("radius", "lower", "upper", "found", "prediction", "flipped_to")
+    chosen = ("radius", "lower", "upper", "found", "resolved", "prediction", "flipped_to")
     summed = ("forward_rows", "backward_rows", "fallbacks", "worst_case_rows")
     values: dict[str, Any] = {name: of_winner(name) for name in chosen}
     values.update({name: total(name) for name in summed})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._common.user_model import Model, logits_of
 from .._core import core
-from .options import WIDE, Options, bounds_error
+from .options import WIDE, Options
 
 
 def differentiable_logits(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,26 +33,46 @@ def checked_input(x: Tensor, options: Options) -> Tensor:
     flags = input_flags(x, options)
     outside = flags == core.INPUT_OUTSIDE
     if outside.any():
-        raise bounds_error(x[outside], len(x), options)
+        raise options.bounds.error(x[outside], len(x))
     return flags.ne(core.INPUT_NOT_FINITE)
 
 
 def input_flags(x: Tensor, options: Options) -> Tensor:
-    """(N,) uint8: 0 where the row is finite and in bounds, else one of core.INPUT_*."""
+    """(N,) uint8: 0 where the row is finite and in bounds, else one of core.INPUT_*.
+
+    What rounding moves out of the bounds counts as inside: points of the ray are clipped anyway.
+    """
+    bounds = options.bounds
+    if not bounds.uniform:
+        flags = bounds.outside(x).to(torch.uint8) * core.INPUT_OUTSIDE
+        return flags.masked_fill_(~x.flatten(1).isfinite().all(1), core.INPUT_NOT_FINITE)
     flags = torch.empty(len(x), dtype=torch.uint8, device=x.device)
-    core.inspect(x, options.low, options.high, flags, **launch_arguments(x))
+    slack = bounds.slack(x.dtype)
+    core.inspect(x, bounds.low - slack, bounds.high + slack, flags, **launch_arguments(x))
     return flags
 
 
 def for_core(logits: Tensor, x: Tensor) -> Tensor:
-    """Detached logits in a dtype whose wide type is that of the search state."""
+    """Detached logits as the core reads them, in a dtype whose wide type is that of the state."""
     state = WIDE[x.dtype]
-    logits = logits.detach()
-    return logits if WIDE.get(logits.dtype) == state else logits.to(state)
+    logits = plain(logits.detach())
+    if WIDE.get(logits.dtype) == state:
+        return logits
+    if logits.dtype == torch.float64:  # what differs in float64 alone must not become a tie
+        logits = logits - logits.amax(1, keepdim=True)
+    return logits.to(state)
+
+
+def plain(x: Tensor) -> Tensor:
+    """x in memory as it is: nothing left to be negated or conjugated, and no other layout."""
+    if x.layout is not torch.strided:
+        x = x.to_dense()
+    return x.resolve_neg().resolve_conj()
 
 
 def with_dense_rows(x: Tensor) -> Tensor:
     """x itself if each row is one dense block in any order (channels_last is), else a copy."""
+    x = plain(x)
     inner = sorted((s, n) for s, n in zip(x.stride()[1:], x.shape[1:], strict=True) if n != 1)
     expected = 1
     for stride, size in inner:
