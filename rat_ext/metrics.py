@@ -153,8 +153,8 @@ def metric(statistic: Callable[Concatenate[Ranks, Flags, P], float]) -> Metric[P
     return cast(Metric[P], made)
 
 
-_BOOTSTRAP = """Bootstrap: with ``n_boot`` resamples (0: none) the result is an `Estimate`, whose interval
-has the confidence ``level``; ``seed`` is that of the resamples."""
+_BOOTSTRAP = """Bootstrap: with ``n_boot`` resamples (0: none) the result is an `Estimate`, whose
+interval has the confidence ``level``; ``seed`` is that of the resamples."""
 
 
 @metric
