@@ -122,10 +122,10 @@ class _WideBlock(nn.Module):
             self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(x))
-        shortcut: Tensor = x if self.shortcut is None else self.shortcut(y)
-        y = self.dropout(F.relu(self.bn2(self.conv1(y))))
-        return shortcut + self.conv2(y)
+        y: Tensor = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        y = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(y)))))
+        return y + shortcut
 
 
 @built_in("wrn-28-10", (3, 32, 32), CIFAR_MEAN, CIFAR_STD, depth=28, width=10)
