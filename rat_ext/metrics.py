@@ -5,9 +5,9 @@ confidence means a prediction more likely to be right, and ``correct`` tells (bo
 ones are. Results are fractions, not percent. Only the order of the confidences counts, so infinite
 ones are allowed; nan is an error.
 
-With ``n_boot > 0`` a metric returns an `Estimate`: its value and the percentile bootstrap interval
-of confidence ``level`` over that many resamples of the N samples. The same ``seed`` gives every
-metric the same resamples.
+Every metric also takes ``n_boot=0``, ``level=0.95`` and ``seed=0``, by keyword. With ``n_boot > 0``
+it returns an `Estimate`: its value, and the percentile bootstrap interval of confidence ``level``
+over that many resamples of the N samples. The same ``seed`` gives every metric the same resamples.
 
 `rat_ext.torchmetrics` has the same metrics as classes that accumulate over batches and processes.
 """
@@ -40,9 +40,9 @@ __all__ = [
 ]
 
 Values = torch.Tensor | ArrayLike
-Ranks = NDArray[np.intp]
-Flags = NDArray[np.bool_]
-P = ParamSpec("P")
+Confidence = NDArray[np.intp]  # as ranks
+Correct = NDArray[np.bool_]
+_P = ParamSpec("_P")
 
 
 class RiskCoverage(NamedTuple):
@@ -80,12 +80,12 @@ def risk_coverage_curve(confidence: Values, correct: Values) -> RiskCoverage:
     return RiskCoverage(np.arange(1, len(rank) + 1) / len(rank), _risk(rank, right))
 
 
-class Metric(Protocol[P]):
-    """A function as `metric` makes it, of any values and with an interval if asked."""
+class _Metric(Protocol[_P]):
+    """A function as `_metric` makes it, of any values and with an interval if asked."""
 
     @overload
     def __call__(
-        self, confidence: Values, correct: Values, *args: P.args, **options: P.kwargs
+        self, confidence: Values, correct: Values, *args: _P.args, **options: _P.kwargs
     ) -> float: ...
 
     # Python has no type for a function's own arguments and more keywords: here they are any.
@@ -102,7 +102,11 @@ class Metric(Protocol[P]):
     ) -> float | Estimate: ...
 
 
-def metric(statistic: Callable[Concatenate[Ranks, Flags, P], float]) -> Metric[P]:
+_BOOTSTRAP = """Bootstrap: with ``n_boot`` resamples (0: none) the result is an `Estimate`, whose
+interval has the confidence ``level``; ``seed`` is that of the resamples."""
+
+
+def _metric(statistic: Callable[Concatenate[Confidence, Correct, _P], float]) -> _Metric[_P]:
     """Makes a metric of a statistic: checks the input, and adds the bootstrap.
 
     The statistic is given the ranks of the confidences in their place, and correct as bool. It
@@ -150,16 +154,12 @@ def metric(statistic: Callable[Concatenate[Ranks, Flags, P], float]) -> Metric[P
         [*inputs[:2], *own, *inputs[3:-1]], return_annotation="float | Estimate"
     )
     made.__doc__ = f"{inspect.cleandoc(statistic.__doc__ or '')}\n\n{_BOOTSTRAP}"
-    return cast(Metric[P], made)
+    return cast(_Metric[_P], made)
 
 
-_BOOTSTRAP = """Bootstrap: with ``n_boot`` resamples (0: none) the result is an `Estimate`, whose
-interval has the confidence ``level``; ``seed`` is that of the resamples."""
-
-
-@metric
+@_metric
 def aurc(
-    confidence: Ranks, correct: Flags, *, variant: Literal["mean", "trapezoid"] = "mean"
+    confidence: Confidence, correct: Correct, *, variant: Literal["mean", "trapezoid"] = "mean"
 ) -> float:
     """Area under the risk-coverage curve (Geifman et al., ICLR 2019); 0 is best.
 
@@ -181,8 +181,8 @@ def aurc(
     return variants[variant](confidence, correct)
 
 
-@metric
-def e_aurc(confidence: Ranks, correct: Flags) -> float:
+@_metric
+def e_aurc(confidence: Confidence, correct: Correct) -> float:
     """Excess AURC (Geifman et al., ICLR 2019): AURC minus that of the best ordering.
 
     The best ordering accepts every right prediction before any wrong one; its AURC is computed
@@ -192,8 +192,8 @@ def e_aurc(confidence: Ranks, correct: Flags) -> float:
     return _mean_risk(confidence, correct) - _mean_risk(correct.astype(np.intp), correct)
 
 
-@metric
-def auroc(confidence: Ranks, correct: Flags) -> float:
+@_metric
+def auroc(confidence: Confidence, correct: Correct) -> float:
     """Area under the ROC curve: P(a right prediction has more confidence than a wrong one).
 
     A tie counts one half. Where all predictions are right, or all are wrong, the metric is
@@ -207,8 +207,8 @@ def auroc(confidence: Ranks, correct: Flags) -> float:
     return metrics.roc_auc_score(correct, confidence) if _both(correct) else math.nan
 
 
-@metric
-def aupr_success(confidence: Ranks, correct: Flags) -> float:
+@_metric
+def aupr_success(confidence: Confidence, correct: Correct) -> float:
     """Average precision of the confidence at detecting right predictions.
 
     Arguments, errors and the undefined case as `auroc`.
@@ -217,8 +217,8 @@ def aupr_success(confidence: Ranks, correct: Flags) -> float:
     return metrics.average_precision_score(correct, confidence) if _both(correct) else math.nan
 
 
-@metric
-def aupr_error(confidence: Ranks, correct: Flags) -> float:
+@_metric
+def aupr_error(confidence: Confidence, correct: Correct) -> float:
     """Average precision of the negated confidence at detecting wrong predictions.
 
     Arguments, errors and the undefined case as `auroc`.
@@ -227,10 +227,10 @@ def aupr_error(confidence: Ranks, correct: Flags) -> float:
     return metrics.average_precision_score(~correct, -confidence) if _both(correct) else math.nan
 
 
-@metric
+@_metric
 def fpr_at_tpr(
-    confidence: Ranks,
-    correct: Flags,
+    confidence: Confidence,
+    correct: Correct,
     tpr: float = 0.95,
     *,
     positive: Literal["correct", "error"] = "correct",
@@ -261,8 +261,8 @@ def fpr_at_tpr(
     return float(fprs[np.argmax(tprs >= tpr)])
 
 
-@metric
-def accuracy_at_coverage(confidence: Ranks, correct: Flags, coverage: float) -> float:
+@_metric
+def accuracy_at_coverage(confidence: Confidence, correct: Correct, coverage: float) -> float:
     """Accuracy of the most confident samples, as few as make up ``coverage`` of all.
 
     Ties are broken at random and the expectation is exact, as in `risk_coverage_curve`. Other
@@ -304,7 +304,7 @@ def summary(
     }
 
 
-def _ranked(confidence: Values, correct: Values) -> tuple[Ranks, Flags]:
+def _ranked(confidence: Values, correct: Values) -> tuple[Confidence, Correct]:
     """Checked inputs: dense ranks of the confidences (ties share one, 0 is least), and correct."""
     values, right = _array(confidence), _array(correct)
     for name, array in (("confidence", values), ("correct", right)):
@@ -337,7 +337,7 @@ def _array(values: Values) -> NDArray[Any]:
     return np.asarray(values)
 
 
-def _risk(rank: Ranks, right: Flags) -> NDArray[np.float64]:
+def _risk(rank: Confidence, right: Correct) -> NDArray[np.float64]:
     """(N,) selective risk, most confident sample first.
 
     The n-th accepted sample is a random one of its tie, so it is wrong with the tie's error rate;
@@ -349,11 +349,11 @@ def _risk(rank: Ranks, right: Flags) -> NDArray[np.float64]:
     return np.cumsum(np.repeat(rate, size)) / np.arange(1, len(rank) + 1)
 
 
-def _mean_risk(rank: Ranks, right: Flags) -> float:
+def _mean_risk(rank: Confidence, right: Correct) -> float:
     return float(_risk(rank, right).mean())
 
 
-def _trapezoid_risk(rank: Ranks, right: Flags) -> float:
+def _trapezoid_risk(rank: Confidence, right: Correct) -> float:
     size = np.bincount(rank)[::-1]
     accepted = np.cumsum(size)[size > 0]
     risk = _risk(rank, right)[accepted - 1]
@@ -361,7 +361,7 @@ def _trapezoid_risk(rank: Ranks, right: Flags) -> float:
     return float(inner + (accepted[0] - 1) * risk[0]) / len(rank)
 
 
-def _both(correct: Flags) -> bool:
+def _both(correct: Correct) -> bool:
     """There are right and wrong predictions, without which a metric of two classes is undefined."""
     return bool(correct.any() and not correct.all())
 
