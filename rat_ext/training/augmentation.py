@@ -12,26 +12,11 @@ Augmentation = Callable[[Tensor, torch.Generator, int, slice], Tensor]
 """Called with the (N, C, H, W) images of a process, a generator which all processes have alike, how
 many processes there are, and the part of the images of all that is this one's."""
 
-AUGMENTATIONS: dict[str, Augmentation] = {}
-"""By the name that a recipe gives them."""
 
-
-def augmentation(name: str) -> Callable[[Augmentation], Augmentation]:
-    """Registers an augmentation under a name."""
-
-    def register(function: Augmentation) -> Augmentation:
-        AUGMENTATIONS[name] = function
-        return function
-
-    return register
-
-
-@augmentation("none")
 def unchanged(x: Tensor, generator: torch.Generator, world: int, share: slice) -> Tensor:
     return x
 
 
-@augmentation("crop")
 def crop(x: Tensor, generator: torch.Generator, world: int, share: slice) -> Tensor:
     n, channels, height, width = x.shape
     device, margin = x.device, height // 8
@@ -45,11 +30,18 @@ def crop(x: Tensor, generator: torch.Generator, world: int, share: slice) -> Ten
     return F.pad(x, [margin] * 4)[samples, planes, rows, columns]
 
 
-@augmentation("crop-flip")
 def crop_flip(x: Tensor, generator: torch.Generator, world: int, share: slice) -> Tensor:
     x = crop(x, generator, world, share)
     coin = torch.rand(len(x) * world, device=x.device, generator=generator)[share]
     return torch.where(coin.view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "none": unchanged,
+    "crop": crop,
+    "crop-flip": crop_flip,
+}
+"""By the name that a recipe gives them."""
 
 
 def mixup(x: Tensor, t: Tensor, alpha: float, classes: int) -> tuple[Tensor, Tensor]:
