@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import dataclass
+
+import torch
 
 from ._core import __version__, core
 
@@ -36,14 +39,13 @@ class BuildInfo:
 
 def build_info() -> BuildInfo:
     """What was built into rat_ext, and whether its CUDA kernels can run on this machine's GPUs."""
-    import torch
-
     cuda = core.BUILD_CUDA_VERSION or None
     archs = tuple(core.BUILD_CUDA_ARCHS.split())
     devices = []
     # A ROCm build of torch also calls its devices "cuda".
     if torch.version.cuda is not None and torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    problem: str | None
     if cuda is None:
         problem = "the core was built without CUDA"
     elif torch.version.cuda is None:
@@ -94,8 +96,6 @@ def _number(version: str) -> tuple[int, int]:
 
 def _driver_version() -> tuple[int, int]:
     """The newest CUDA version that the NVIDIA driver supports."""
-    import ctypes
-
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return version.value // 1000, version.value % 1000 // 10
@@ -134,7 +134,9 @@ def _runs(arch: str, capability: tuple[int, int]) -> bool:
     # https://docs.nvidia.com/cuda/cuda-programming-guide, "Compute capabilities and compatibility":
     # machine code runs on the same major version from its minor version on, PTX on everything
     # newer; with the suffix "a" either runs on that version only, with "f" on that major version.
-    kind, number, suffix = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", arch).groups()
+    parts = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", arch)
+    assert parts, arch
+    kind, number, suffix = parts.groups()
     built = divmod(int(number), 10)
     if suffix == "a":
         return capability == built

@@ -1,4 +1,4 @@
-"""The compiled core: importing it, saying how to get it back, and what was built."""
+"""The compiled core: loads it, or says how to build it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 _PACKAGE = Path(__file__).parent
-
-
 _REBUILD = "pip install --force-reinstall --no-deps ."
 
 
@@ -43,6 +41,4 @@ def _diagnosis() -> str:
 
 
 core = _import_core()
-
-
 __version__: str = core.BUILD_VERSION

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._common.user_model import check_device, logits_of, undisturbed
 from .search.options import WIDE, Options
@@ -95,9 +97,6 @@ def _program(
     options: dict[str, Any],
     decompositions: dict[Any, Callable[..., Any]],
 ) -> torch.export.ExportedProgram:
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     if unknown := options.keys() - {"bounds", "temperature", "h"}:
         raise TypeError(f"an exported radius has no option {', '.join(sorted(unknown))}")
     if not isinstance(model, nn.Module):
@@ -212,11 +211,23 @@ def _avg_pool2d_backward(
     """The gradient of average pooling as that of a convolution by a constant."""
     if ceil_mode or (any(padding) and not count_include_pad and divisor_override is None):
         return NotImplemented  # windows of unlike sizes
-    height, width = kernel_size if len(kernel_size) == 2 else kernel_size * 2
+    (height, width), strides, paddings = (
+        list(pair) if len(pair) == 2 else list(pair) * 2
+        for pair in (kernel_size, stride or kernel_size, padding)
+    )
     weight = gradient.new_full(
         (x.shape[1], 1, height, width), 1 / (divisor_override or height * width)
     )
-    pairs = [list(v) if len(v) == 2 else list(v) * 2 for v in (stride or [height, width], padding)]
     return _convolution_backward(
-        gradient, x, weight, None, *pairs, [1, 1], False, [0, 0], x.shape[1], [True, False, False]
+        gradient,
+        x,
+        weight,
+        None,
+        strides,
+        paddings,
+        [1, 1],
+        False,
+        [0, 0],
+        x.shape[1],
+        [True, False, False],
     )[0]

@@ -125,7 +125,7 @@ def test_import_loads_no_heavy_module(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     imported = set(result.stdout.split())
     assert "rat_ext" in imported
-    heavy = {"matplotlib", "sklearn", "scipy", "pandas", "torchvision", "tqdm", "PIL"}
+    heavy = {"matplotlib", "sklearn", "scipy", "pandas", "torchvision", "PIL"}
     heavy |= {"foolbox", "torchattacks", "fastapi", "uvicorn", "prometheus_client"}
     assert not imported & heavy
 

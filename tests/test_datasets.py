@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rat_ext import datasets
+from rat_ext.datasets import by_name
 
 
 def test_digits_are_split_into_disjoint_parts() -> None:
@@ -110,6 +111,20 @@ def write_cifar(folder: Path) -> Path:
     np.save(folder / "fog.npy", images)
     np.save(folder / "labels.npy", np.arange(10) % 2)
     return folder
+
+
+def test_a_new_data_set_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_name, "_loaders", dict(by_name._loaders))
+
+    @by_name.known_as("grey:LEVEL")
+    def grey(request: by_name.Request) -> datasets.Images:
+        pixels = torch.full((3, 1, 2, 2), float(request.detail))
+        return datasets.Images(pixels, torch.zeros(3).long(), ("grey",))
+
+    assert datasets.load("grey:0.5", "test")[:][0].mean() == 0.5
+    with pytest.raises(ValueError, match=r"no data set is named 'grey'; there are .*, grey:LEVEL"):
+        datasets.load("grey", "test")
+    assert datasets.NAMES[0] == "digits"
 
 
 def test_digits_by_name() -> None:

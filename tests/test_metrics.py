@@ -1,6 +1,7 @@
 """The metrics against brute force, scikit-learn and values worked out by hand."""
 
 import functools
+import inspect
 import itertools
 import math
 import subprocess
@@ -214,6 +215,15 @@ def test_bootstrap_interval(metric):
     assert low < narrow.low < narrow.high < high
 
 
+def test_help_tells_the_options_and_those_of_the_bootstrap():
+    signature = inspect.signature(metrics.fpr_at_tpr)
+    names = ["confidence", "correct", "tpr", "positive", "n_boot", "level", "seed"]
+    assert list(signature.parameters) == names
+    assert signature.bind([1, 2], [0, 1], 0.9, n_boot=3).args[2] == 0.9
+    assert "``n_boot`` resamples" in metrics.fpr_at_tpr.__doc__
+    assert metrics.fpr_at_tpr.__name__ == "fpr_at_tpr"
+
+
 def test_bootstrap_intervals_hold_the_truth_as_often_as_they_say():
     # With u uniform and P(right) = u, the risk at coverage c is c / 2, and its mean is 1 / 4.
     rng = np.random.default_rng(0)
@@ -235,8 +245,9 @@ def test_resamples_without_errors_are_left_out():
 @pytest.mark.parametrize("correct", [[1, 1, 1], [0, 0, 0]])
 @pytest.mark.parametrize("metric", EVERY[4:])
 def test_undefined_metrics_are_nan_with_a_warning(metric, correct):
-    with pytest.warns(RuntimeWarning, match="undefined"):
+    with pytest.warns(RuntimeWarning, match="undefined") as warned:
         assert math.isnan(metric([3, 1, 2], correct))
+    assert warned[0].filename == __file__  # the line of the caller
     with pytest.warns(RuntimeWarning, match="undefined"):
         assert all(map(math.isnan, metric([3, 1, 2], correct, n_boot=3)))
 

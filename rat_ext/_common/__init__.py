@@ -1,1 +1,1 @@
-"""What every floor stands on: running a user's model undisturbed, their loaders, files on disk."""
+"""What every floor stands on: running a user's model, their loaders, and state on disk."""

@@ -1,25 +1,25 @@
-"""The batches of a user's loader."""
+"""The labelled batches of a user's loader, checked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .user_model import Model
-
-if TYPE_CHECKING:
-    pass
 
 
 def labelled_batches(
     model: Model, loader: Iterable[Any], progress: bool, what: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The (x, target) of each batch, on the device of the model."""
-    from tqdm.auto import tqdm
+    """The (x, target) of each batch, on the device of the model; `what` names the progress bar.
 
+    Raises:
+        ValueError: a batch has no targets, or they are not (N,); there is no batch.
+    """
     device = None
     if isinstance(model, nn.Module):
         device = next((p.device for p in model.parameters()), None)

@@ -1,4 +1,4 @@
-"""What is written to disk, whole or not at all, and state dicts told apart."""
+"""State on disk: files written whole or not at all, and state dicts told apart."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is never seen half written, also if the writer is killed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
 
 
 def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,10 +41,3 @@ def fingerprint(model: nn.Module) -> str:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(raw_bytes(value))
     return digest.hexdigest()
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is never seen half written, also if the writer is killed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)

@@ -1,17 +1,13 @@
-"""Calling a user's model without leaving a trace: its modes, its RNG and its outputs."""
+"""Runs a user's model: leaves it as it was, and checks where it is and what it gives."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    pass
-
 
 Model = Callable[[Tensor], Any]
 
@@ -31,6 +27,14 @@ def undisturbed(model: Model, device: torch.device) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+
+
+@contextlib.contextmanager
+def left_alone(model: Model, x: Tensor) -> Iterator[None]:
+    """Run the model on x without a graph, and leave it as it was."""
+    check_device(model, x)
+    with torch.inference_mode(False), torch.no_grad(), undisturbed(model, x.device):
+        yield
 
 
 def logits_of(output: Any, rows: int) -> Tensor:
@@ -69,11 +73,3 @@ def check_device(model: Model, x: Tensor) -> None:
 def wide(logits: Tensor) -> Tensor:
     """Logits in float64, in which the softmax of a confident prediction is not yet 1."""
     return logits.float() if logits.device.type == "mps" else logits.double()
-
-
-@contextlib.contextmanager
-def left_alone(model: Model, x: Tensor) -> Iterator[None]:
-    """Run the model on x without a graph, and leave it as it was."""
-    check_device(model, x)
-    with torch.inference_mode(False), torch.no_grad(), undisturbed(model, x.device):
-        yield

@@ -1,17 +1,15 @@
 """Classifiers by name, with the normalisation inside, so that radii are in the units of pixels."""
 
 from .architectures import CifarResNet, DigitsCNN, Normalized, WideResNet
-from .by_name import (
+from .built_in import (
     CIFAR_MEAN,
     CIFAR_STD,
     DIGITS_MEAN,
     DIGITS_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    create,
-    input_size,
-    names,
 )
+from .by_name import create, input_size, names
 from .checkpoint import classes_in, load_weights, name_in
 
 __all__ = [

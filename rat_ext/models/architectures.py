@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._common.user_model import logits_of
+from .built_in import CIFAR_MEAN, CIFAR_STD, DIGITS_MEAN, DIGITS_STD, built_in
 
 
 class Normalized(nn.Module):
@@ -34,6 +35,7 @@ class Normalized(nn.Module):
         return logits_of(self.m((x - self.mean) / self.std), x.shape[0])
 
 
+@built_in("digits-cnn", (1, 8, 8), DIGITS_MEAN, DIGITS_STD)
 class DigitsCNN(nn.Sequential):
     """Three convolutions for 8x8 images of one channel; trains in seconds on a CPU."""
 
@@ -69,6 +71,9 @@ class _BasicBlock(nn.Module):
         return F.relu(x + y)
 
 
+@built_in("resnet110", (3, 32, 32), CIFAR_MEAN, CIFAR_STD, depth=110)
+@built_in("resnet56", (3, 32, 32), CIFAR_MEAN, CIFAR_STD, depth=56)
+@built_in("resnet20", (3, 32, 32), CIFAR_MEAN, CIFAR_STD, depth=20)
 class CifarResNet(nn.Module):
     """ResNet for 32x32 images (He et al., CVPR 2016, section 4.2) with option A shortcuts.
 
@@ -100,7 +105,8 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
 
 
 class _WideBlock(nn.Module):
@@ -116,12 +122,13 @@ class _WideBlock(nn.Module):
             self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(x))
+        y: Tensor = F.relu(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(y)
-        y = self.dropout(F.relu(self.bn2(self.conv1(y))))
-        return shortcut + self.conv2(y)
+        y = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(y)))))
+        return y + shortcut
 
 
+@built_in("wrn-28-10", (3, 32, 32), CIFAR_MEAN, CIFAR_STD, depth=28, width=10)
 class WideResNet(nn.Module):
     """Wide residual network for 32x32 images (Zagoruyko and Komodakis, BMVC 2016).
 
@@ -152,4 +159,5 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.features(x).mean((2, 3)))
+        logits: Tensor = self.linear(self.features(x).mean((2, 3)))
+        return logits

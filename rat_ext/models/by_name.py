@@ -1,4 +1,4 @@
-"""Classifiers by name, with the normalisation inside, so that radii are in the units of pixels."""
+"""Makes classifiers by name: built-in ones, those of torchvision and timm, and the user's."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from .architectures import CifarResNet, DigitsCNN, Normalized, WideResNet
+from .architectures import Normalized
+from .built_in import BUILT_IN, IMAGENET_MEAN, IMAGENET_STD
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-DIGITS_MEAN, DIGITS_STD = (0.305,), (0.376,)
-
-
-_BUILT_IN: dict[str, tuple[Callable[[int], nn.Module], Sequence[float], Sequence[float]]] = {
-    "digits-cnn": (DigitsCNN, DIGITS_MEAN, DIGITS_STD),
-    "resnet20": (lambda classes: CifarResNet(20, classes), CIFAR_MEAN, CIFAR_STD),
-    "resnet56": (lambda classes: CifarResNet(56, classes), CIFAR_MEAN, CIFAR_STD),
-    "resnet110": (lambda classes: CifarResNet(110, classes), CIFAR_MEAN, CIFAR_STD),
-    "wrn-28-10": (lambda classes: WideResNet(28, 10, classes), CIFAR_MEAN, CIFAR_STD),
-}
+Statistics = tuple[Sequence[float], Sequence[float]]
+"""The mean and the standard deviation of each channel."""
 
 
 def names() -> list[str]:
     """The built-in models."""
-    return list(_BUILT_IN)
+    return list(BUILT_IN)
 
 
 def create(
@@ -57,8 +48,8 @@ def create(
     library, _, member = name.partition(":")
     if library in ("torchvision", "timm") and member:
         build = _torchvision if library == "torchvision" else _timm
-        network, default_mean, default_std = build(member, num_classes, pretrained)
-        return Normalized(network, mean or default_mean, std or default_std)
+        network, (own_mean, own_std) = build(member, num_classes, pretrained)
+        return Normalized(network, mean or own_mean, std or own_std)
     if pretrained:
         raise ValueError(f"{name} has no pretrained weights here; load a checkpoint instead")
     if member:
@@ -66,25 +57,21 @@ def create(
         if not isinstance(network, nn.Module):
             raise ValueError(f"{name} returned a {type(network).__name__}; expected an nn.Module")
         return Normalized(network, mean, std) if mean and std else network
-    if name not in _BUILT_IN:
+    if name not in BUILT_IN:
         raise ValueError(
             f"no model is named {name!r}; there are {', '.join(names())}, torchvision:NAME, "
             "timm:NAME and module:function"
         )
-    build_network, default_mean, default_std = _BUILT_IN[name]
-    return Normalized(build_network(num_classes), mean or default_mean, std or default_std)
+    known = BUILT_IN[name]
+    return Normalized(known.build(num_classes=num_classes), mean or known.mean, std or known.std)
 
 
 def input_size(name: str) -> tuple[int, ...] | None:
     """The shape (C, H, W) of the images that a built-in model is for; None for others."""
-    if name == "digits-cnn":
-        return (1, 8, 8)
-    return (3, 32, 32) if name in _BUILT_IN else None
+    return BUILT_IN[name].size if name in BUILT_IN else None
 
 
-def _torchvision(
-    name: str, num_classes: int, pretrained: bool
-) -> tuple[nn.Module, Sequence[float], Sequence[float]]:
+def _torchvision(name: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, Statistics]:
     try:
         from torchvision import models
     except ImportError as error:
@@ -97,16 +84,10 @@ def _torchvision(
     _check_pretrained(name, num_classes, len(weights.meta["categories"]) if weights else None)
     network = models.get_model(name, weights=weights, num_classes=num_classes)
     preset = weights.transforms() if weights else None
-    return (
-        network,
-        getattr(preset, "mean", IMAGENET_MEAN),
-        getattr(preset, "std", IMAGENET_STD),
-    )
+    return network, (getattr(preset, "mean", IMAGENET_MEAN), getattr(preset, "std", IMAGENET_STD))
 
 
-def _timm(
-    name: str, num_classes: int, pretrained: bool
-) -> tuple[nn.Module, Sequence[float], Sequence[float]]:
+def _timm(name: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, Statistics]:
     try:
         import timm
     except ImportError as error:
@@ -115,9 +96,9 @@ def _timm(
         raise ValueError(f"timm has no model named {name!r}")
     own_classes = timm.get_pretrained_cfg_value(name, "num_classes") if pretrained else None
     _check_pretrained(name, num_classes, own_classes)
-    network = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    network: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     config = network.pretrained_cfg
-    return network, config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+    return network, (config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD))
 
 
 def _check_pretrained(name: str, num_classes: int, own_classes: int | None) -> None:
@@ -130,6 +111,7 @@ def _check_pretrained(name: str, num_classes: int, own_classes: int | None) -> N
 
 def _user_function(module: str, function: str) -> Callable[[int], Any]:
     try:
-        return getattr(importlib.import_module(module), function)
+        found: Callable[[int], Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot import the model {module}:{function}: {error}") from error
+    return found

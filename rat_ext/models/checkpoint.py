@@ -1,4 +1,4 @@
-"""Reading weights, and what is written beside them."""
+"""Reads checkpoints: weights, and the names of the model and its classes that lie beside them."""
 
 from __future__ import annotations
 

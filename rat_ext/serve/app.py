@@ -5,41 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from importlib import resources
-from typing import Any
 
 import prometheus_client as prometheus
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, PlainTextResponse
-from pydantic import BaseModel, Field
-from starlette.datastructures import UploadFile
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 from .. import __version__
-from . import Settings
 from .batching import Batcher, ClosedError, QueueFullError
+from .body import CLOSE, file_in, read_body
 from .decoding import Decoder, InputError
 from .gate import Answer, Gate, NotFiniteError
+from .monitoring import Measured, Metrics
+from .schema import ERRORS, REQUEST_BODY, Info, Prediction
+from .settings import Settings
 
 logger = logging.getLogger(__name__)
-
-LINGER = 1.0
-"""Seconds in which the rest of a refused body is read and dropped. A connection that is closed on
-unread data is reset, and a client that is still sending may then never see the answer."""
 
 INLINE = 2**14
 """Bytes up to which an input is decoded where it came in, and not in another thread: for small
 ones the change of threads takes longer. An image to be resized may be large however few they are.
 """
 
-_CLOSE = {"Connection": "close"}
 _RETRY = {"Retry-After": "1"}
 # The page is one file: its script and style are its own, and it talks to this server alone.
 _PAGE_HEADERS = {
@@ -49,124 +40,6 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-_REQUEST_BODY = {
-    "required": True,
-    "content": {
-        **{f"image/{kind}": _BINARY for kind in ("png", "jpeg", "webp")},
-        "application/octet-stream": _BINARY,
-        "application/json": {"schema": {"type": "array", "items": {}}},
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {"file": {"type": "string", "format": "binary"}},
-                "required": ["file"],
-            }
-        },
-    },
-}
-_ERRORS = {
-    400: "an empty or malformed request",
-    408: "the request came too slowly",
-    413: "too many bytes or pixels",
-    415: "no kind of file that is read here",
-    422: "of the wrong shape, out of bounds, not finite, or a damaged file",
-    500: "the model failed on this input",
-    503: "too much work, or shutting down: try again after Retry-After seconds",
-    504: "the answer took too long",
-}
-
-
-class Prediction(BaseModel):
-    """What the service answers."""
-
-    prediction: int = Field(description="index of the class")
-    class_name: str | None = Field(description="its name, if known")
-    radius: float | None = Field(
-        description="robust radius in the units of the input; null where the prediction changes "
-        "nowhere on the ray, or if radii are off"
-    )
-    found: bool | None = Field(
-        description="a change of the prediction was found; null without radii"
-    )
-    confidence: float | None = Field(description="the detector's; null without one, or if infinite")
-    probability: float | None = Field(description="that the prediction is right, if known")
-    accepted: bool | None = Field(description="the detector's verdict; null without one")
-
-
-class Info(BaseModel):
-    """What is served."""
-
-    version: str
-    model: str
-    input_size: list[int]
-    bounds: tuple[float, float]
-    classes: list[str] | None
-    resize: bool
-    detector: bool
-    max_body: int
-
-
-class Metrics:
-    """The service's Prometheus metrics, in a registry of their own."""
-
-    def __init__(self, settings: Settings) -> None:
-        registry = prometheus.CollectorRegistry()
-        self.registry = registry
-        self.requests = prometheus.Counter(
-            "rat_ext_requests", "Requests for a prediction.", ["status"], registry=registry
-        )
-        self.seconds = prometheus.Histogram(
-            "rat_ext_request_seconds",
-            "Time from the headers of a request to those of its answer.",
-            buckets=[1e-3 * 2**i for i in range(16)],
-            registry=registry,
-        )
-        self.waiting = prometheus.Gauge(
-            "rat_ext_queue_length", "Inputs that wait for the model.", registry=registry
-        )
-        sizes = [2**i for i in range(settings.max_batch.bit_length())]
-        self.batch_size = prometheus.Histogram(
-            "rat_ext_batch_size",
-            "Inputs that the model ran on together.",
-            buckets=sorted({*sizes, settings.max_batch}),
-            registry=registry,
-        )
-        self.predictions = prometheus.Counter(
-            "rat_ext_predictions",
-            "Predictions, by the detector's verdict (ungated without a detector).",
-            ["verdict"],
-            registry=registry,
-        )
-        for verdict in ("accepted", "rejected", "ungated"):
-            self.predictions.labels(verdict)  # shown as 0 before the first
-        prometheus.ProcessCollector(registry=registry)
-
-
-class _Measured:
-    """ASGI middleware that counts and times the requests for a prediction."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].endswith("/predict"):
-            await self.app(scope, receive, send)
-            return
-        start = time.perf_counter()
-        status = 500  # where an exception leaves no answer
-
-        async def observed(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, observed)
-        finally:
-            self.metrics.requests.labels(status).inc()
-            self.metrics.seconds.observe(time.perf_counter() - start)
 
 
 def create_app(
@@ -231,28 +104,28 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.batcher = batcher
-    app.add_middleware(_Measured, metrics=metrics)
+    app.add_middleware(Measured, metrics=metrics)
 
     @app.post(
         "/predict",
         response_model=Prediction,
-        responses={status: {"description": text} for status, text in _ERRORS.items()},
-        openapi_extra={"requestBody": _REQUEST_BODY},
+        responses={status: {"description": text} for status, text in ERRORS.items()},
+        openapi_extra={"requestBody": REQUEST_BODY},
     )
     async def predict(request: Request) -> Prediction:
         """The prediction for one image or tensor, with its radius and verdict."""
         with _refusals():
             batcher.check()  # before time is spent on a body
-        body = await _read(request, settings)
+        body = await read_body(request, settings)
         with _refusals():
-            file = await _file_in(request, body)
+            file = await file_in(request, body)
             quick = len(file) <= INLINE and not decoder.resize
             x = decoder(file) if quick else await run_in_threadpool(decoder, file)
             future = batcher.submit(x)
         answer = await _answer(future, settings.timeout)
         verdict = {True: "accepted", False: "rejected", None: "ungated"}[answer.accepted]
         metrics.predictions.labels(verdict).inc()
-        return _prediction(answer, classes)
+        return Prediction.of(answer, classes)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -287,7 +160,7 @@ def create_app(
 
 
 @contextlib.contextmanager
-def _refusals() -> Any:
+def _refusals() -> Iterator[None]:
     """Turns the reasons for which work is not taken into answers."""
     try:
         yield
@@ -296,59 +169,7 @@ def _refusals() -> Any:
     except QueueFullError as error:
         raise HTTPException(503, f"too much work: {error}; try again", _RETRY) from error
     except ClosedError as error:
-        raise HTTPException(503, "the server is shutting down", {**_RETRY, **_CLOSE}) from error
-
-
-async def _read(request: Request, settings: Settings) -> bytes:
-    """The body, of which no more is ever held than is allowed."""
-    limit, stream = settings.max_body, request.stream()
-    body = bytearray()
-
-    async def fill() -> None:
-        async for chunk in stream:
-            body.extend(chunk)
-            if len(body) > limit:
-                return
-
-    too_large = int(request.headers.get("content-length", 0)) > limit
-    try:
-        if not too_large:
-            await asyncio.wait_for(fill(), settings.body_timeout)
-    except asyncio.TimeoutError as error:
-        message = f"the request was not complete after {settings.body_timeout:g} s"
-        raise HTTPException(408, message, _CLOSE) from error
-    except ClientDisconnect as error:
-        raise HTTPException(400, "the client went away", _CLOSE) from error
-    if too_large or len(body) > limit:
-        body.clear()
-        if "expect" not in request.headers:  # else it waits for leave to send
-            await _drop(stream)
-        raise HTTPException(413, f"the request has more than {limit} bytes", _CLOSE)
-    return bytes(body)
-
-
-async def _drop(stream: AsyncIterator[bytes]) -> None:
-    async def drop() -> None:
-        async for _ in stream:
-            pass
-
-    with contextlib.suppress(asyncio.TimeoutError, ClientDisconnect):
-        await asyncio.wait_for(drop(), LINGER)
-
-
-async def _file_in(request: Request, body: bytes) -> bytes:
-    """The uploaded file of a form, or the body itself."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        return body
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async with Request(request.scope, receive).form(max_files=1, max_fields=16) as form:
-        files = [value for value in form.values() if isinstance(value, UploadFile)]
-        if not files:
-            raise InputError("the form has no file: send one in the field file", 400)
-        return await files[0].read()
+        raise HTTPException(503, "the server is shutting down", {**_RETRY, **CLOSE}) from error
 
 
 async def _answer(future: Future[Answer], seconds: float) -> Answer:
@@ -361,21 +182,3 @@ async def _answer(future: Future[Answer], seconds: float) -> Answer:
     except Exception as error:
         logger.exception("the model failed on an input")
         raise HTTPException(500, "the model failed on this input; see the server's log") from error
-
-
-def _prediction(answer: Answer, classes: Sequence[str] | None) -> Prediction:
-    known = classes is not None and answer.prediction < len(classes)
-    return Prediction(
-        prediction=answer.prediction,
-        class_name=classes[answer.prediction] if known else None,
-        radius=_finite(answer.radius),
-        found=None if answer.radius is None else math.isfinite(answer.radius),
-        confidence=_finite(answer.confidence),
-        probability=_finite(answer.probability),
-        accepted=answer.accepted,
-    )
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity."""
-    return value if value is not None and math.isfinite(value) else None

@@ -131,10 +131,10 @@ class Decoder:
                 f"the image has more than 8 bits a channel (mode {image.mode}); send a tensor"
             )
         try:
-            image = image.convert(_MODES[channels])
-            if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BILINEAR)
-            pixels = torch.from_numpy(np.array(image))
+            decoded = image.convert(_MODES[channels])
+            if decoded.size != (width, height):
+                decoded = decoded.resize((width, height), Image.Resampling.BILINEAR)
+            pixels = torch.from_numpy(np.array(decoded))
         except Exception as error:  # as above
             raise InputError(f"the image cannot be decoded: {error}") from error
         x = pixels.view(height, width, channels).permute(2, 0, 1).contiguous().to(self.dtype) / 255

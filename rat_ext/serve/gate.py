@@ -65,7 +65,7 @@ class Gate:
     def __call__(self, inputs: Sequence[Tensor]) -> list[Answer | NotFiniteError]:
         """For each of the inputs, all of one shape, what is known about it."""
         x = torch.stack(list(inputs)).to(self.device)
-        columns: dict[str, list[Any]] = {}
+        columns: dict[str, Tensor] = {}
         with warnings.catch_warnings():
             # Told to whoever sent the row.
             warnings.filterwarnings("ignore", ".*are not finite", RuntimeWarning)

@@ -8,13 +8,14 @@ import math
 import signal
 import socket
 from collections.abc import Iterator
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from . import Settings
-from .app import LINGER
+from .body import LINGER
+from .settings import Settings
 
 
 class Server(uvicorn.Server):
@@ -28,7 +29,7 @@ class Server(uvicorn.Server):
             print(f"Serving on http://{host}:{port} (Ctrl-C stops)", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.config.app.state.batcher.close()
+        cast(FastAPI, self.config.app).state.batcher.close()
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
@@ -52,7 +53,8 @@ def _protocol(seconds: float) -> type[H11Protocol]:
     class Protocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
+        # asyncio's stubs let any transport come; over TCP it is this one.
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._watch()
 
@@ -98,7 +100,7 @@ def serve(
     Raises:
         OSError: the address cannot be had.
     """
-    listener = _listen(host, port)
+    listener = listen(host, port)
     longest = settings.body_timeout + LINGER + settings.timeout
     config = uvicorn.Config(
         app,
@@ -114,7 +116,12 @@ def serve(
         Server(config).run([listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound to the address.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
     try:
         # With its protocol named: asyncio turns Nagle's algorithm off for such sockets alone, and
         # with it every answer waits some 40 ms for the acknowledgement of its first packet.

@@ -1,7 +1,7 @@
 """Training with plain cross-entropy or with the RAT loss."""
 
+from .loop import Trained, train
 from .loss import RATLoss, RATLossOutput
 from .recipe import Recipe
-from .run import Trained, train
 
 __all__ = ["RATLoss", "RATLossOutput", "Recipe", "Trained", "train"]

@@ -1,15 +1,12 @@
-"""How to train: the recipe, and what it does to a batch (augmentation, mixup)."""
+"""How to train: the settings of a run, checked."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from .augmentation import AUGMENTATIONS
 from .loss import RATLoss
 
 
@@ -55,7 +52,11 @@ class Recipe:
     """Of the order of the samples, augmentation, mixup and dropout. Not of the initial weights."""
 
     def __post_init__(self) -> None:
-        choices = {"loss": ("ce", "rat"), "optimizer": ("sgd", "adamw"), "augment": tuple(_AUGMENT)}
+        choices: dict[str, Sequence[str]] = {
+            "loss": ("ce", "rat"),
+            "optimizer": ("sgd", "adamw"),
+            "augment": tuple(AUGMENTATIONS),
+        }
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 known = " or ".join(map(repr, allowed))
@@ -76,38 +77,3 @@ class Recipe:
     def criterion(self) -> RATLoss:
         """The RAT loss of this recipe."""
         return RATLoss(self.eps, self.lam, steps=self.steps)
-
-
-def _unchanged(x: Tensor, *_: Any) -> Tensor:
-    return x
-
-
-def _crop(x: Tensor, generator: torch.Generator, world: int, share: slice) -> Tensor:
-    n, channels, height, width = x.shape
-    device, margin = x.device, height // 8
-    # Drawn for the batch of all processes, so that their number does not change what is learnt.
-    shift = torch.randint(2 * margin + 1, (2, n * world), device=device, generator=generator)
-    top, left = shift[:, share].view(2, n, 1, 1, 1)
-    samples = torch.arange(n, device=device).view(n, 1, 1, 1)
-    planes = torch.arange(channels, device=device).view(1, channels, 1, 1)
-    rows = top + torch.arange(height, device=device).view(1, 1, height, 1)
-    columns = left + torch.arange(width, device=device).view(1, 1, 1, width)
-    return F.pad(x, [margin] * 4)[samples, planes, rows, columns]
-
-
-def _crop_flip(x: Tensor, generator: torch.Generator, world: int, share: slice) -> Tensor:
-    x = _crop(x, generator, world, share)
-    coin = torch.rand(len(x) * world, device=x.device, generator=generator)[share]
-    return torch.where(coin.view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
-
-
-_AUGMENT = {"none": _unchanged, "crop": _crop, "crop-flip": _crop_flip}
-
-
-def _mixed(x: Tensor, t: Tensor, alpha: float, classes: int) -> tuple[Tensor, Tensor]:
-    """The batch mixed with itself in another order, and its class probabilities."""
-    weight = float(torch.distributions.Beta(alpha, alpha).sample())
-    order = torch.randperm(len(x), device=x.device)
-    onehot = F.one_hot(t, classes).to(x.dtype)
-    # Rounding may leave the bounds of the pixels, which the RAT loss checks.
-    return torch.lerp(x[order], x, weight).clamp_(0, 1), torch.lerp(onehot[order], onehot, weight)

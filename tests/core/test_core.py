@@ -1,9 +1,14 @@
-"""The operations of the compiled core, one by one, against plain PyTorch."""
+"""The operations of the compiled core, one by one, against plain PyTorch.
+
+The tests take the build that they are for as the fixture `core`.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -12,19 +17,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rat_ext._core import core
+from rat_ext import _core
 from rat_ext.reference import log_odds
 from rat_ext.search.options import MAX_PROBES, WIDE
 
 pytestmark = pytest.mark.core
 
-COLUMN = {name: i for i, name in enumerate(core.BRACKET_FIELDS)}
+COLUMN = {name: i for i, name in enumerate(_core.core.BRACKET_FIELDS)}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def new_state(
-    n: int, classes: int, dtype: torch.dtype = torch.float64, probes: int = 1, **options: float
-) -> tuple[core.State, Tensor, Tensor, Tensor]:
+    core: ModuleType,
+    n: int,
+    classes: int,
+    dtype: torch.dtype = torch.float64,
+    probes: int = 1,
+    **options: float,
+) -> tuple[Any, Tensor, Tensor, Tensor]:
     """A state with its (brackets, gaps, probes) tensors."""
     brackets = torch.zeros(n, len(COLUMN), dtype=dtype)
     gaps = torch.zeros(n, core.KNOTS * classes, dtype=dtype)
@@ -34,8 +44,10 @@ def new_state(
     return state, brackets, gaps, radii
 
 
-def seeds(logits: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    state, brackets, *_ = new_state(*logits.shape, dtype=dtype, temperature=temperature)
+def seeds(
+    core: ModuleType, logits: Tensor, temperature: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    state, brackets, *_ = new_state(core, *logits.shape, dtype=dtype, temperature=temperature)
     seed = torch.full_like(logits, math.nan)
     core.start(logits, seed, state, 0)
     return seed, brackets
@@ -53,12 +65,14 @@ def seeds(logits: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tenso
     transposed=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_seed_is_the_gradient_of_the_log_odds(n, classes, scale, temperature, transposed, seed):
+def test_seed_is_the_gradient_of_the_log_odds(
+    core, n, classes, scale, temperature, transposed, seed
+):
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(n, classes, generator=generator, dtype=torch.float64)
     if transposed:
         logits = logits.T.contiguous().T
-    seed_, brackets = seeds(logits, temperature, torch.float64)
+    seed_, brackets = seeds(core, logits, temperature, torch.float64)
 
     leaf = logits.clone().requires_grad_()
     y = logits.argmax(1)
@@ -72,26 +86,26 @@ def test_seed_is_the_gradient_of_the_log_odds(n, classes, scale, temperature, tr
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_seed_keeps_its_precision_where_the_model_is_confident(dtype):
+def test_seed_keeps_its_precision_where_the_model_is_confident(core, dtype):
     logits = torch.tensor([[50.0, 1.0, 2.0, -3.0]], dtype=dtype)
-    seed, _ = seeds(logits, 0.5, WIDE[dtype])
+    seed, _ = seeds(core, logits, 0.5, WIDE[dtype])
     others = (logits.double()[0, 1:] / 0.5).softmax(0)
     expected = torch.cat([torch.tensor([-1.0]), others])[None]
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(seed.double(), expected.double(), rtol=4 * eps, atol=0)
 
 
-def test_ties_go_to_the_smallest_class():
-    _, brackets = seeds(torch.tensor([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0]]), 1.0, torch.float32)
+def test_ties_go_to_the_smallest_class(core):
+    _, brackets = seeds(core, torch.tensor([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0]]), 1.0, torch.float32)
     assert brackets[:, COLUMN["prediction"]].tolist() == [1, 0]
     assert brackets[:, COLUMN["margin"]].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_fail_their_row_only(value):
+def test_logits_that_are_not_finite_fail_their_row_only(core, value):
     logits = torch.randn(3, 4)
     logits[1, 2] = value
-    _, brackets = seeds(logits, 1.0, torch.float32)
+    _, brackets = seeds(core, logits, 1.0, torch.float32)
     status = brackets[:, COLUMN["status"]].tolist()
     assert status == [core.ACTIVE, core.NOT_FINITE, core.ACTIVE]
 
@@ -111,7 +125,7 @@ def layouts(x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("layout", range(3))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_perturb_gathers_moves_and_clips(dtype, layout):
+def test_perturb_gathers_moves_and_clips(core, dtype, layout):
     x = layouts(uniform(6, 3, 5, 7, dtype=dtype))[layout]
     shape = (len(x), *x.shape[1:])
     direction = torch.randint(-1, 2, shape, dtype=torch.int8)
@@ -129,7 +143,7 @@ def test_perturb_gathers_moves_and_clips(dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_read_and_rounded_as_torch_does(dtype):
+def test_half_precision_is_read_and_rounded_as_torch_does(core, dtype):
     """Every bit pattern, and every rounding between neighbours that a shift by a third makes."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
     x = bits.view(dtype)[None]
@@ -146,13 +160,13 @@ def test_half_precision_is_read_and_rounded_as_torch_does(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_aim_takes_signs_and_the_slope_of_what_can_move(dtype):
+def test_aim_takes_signs_and_the_slope_of_what_can_move(core, dtype):
     x = uniform(4, 3, 50, dtype=dtype)
     gradient = torch.randn(4, 3, 50).to(dtype)
     gradient[0, 0, :9] = 0
     gradient[3] = 0
     direction = torch.empty(gradient.shape, dtype=torch.int8)
-    state, brackets, *_ = new_state(4, 3, dtype=WIDE[dtype])
+    state, brackets, *_ = new_state(core, 4, 3, dtype=WIDE[dtype])
     logits = torch.tensor([[1.0, 0.0, 0.5]] * 4, dtype=WIDE[dtype])
     core.start(logits, torch.empty_like(logits), state, 0)
     core.aim(gradient, x, direction, 0.0, 1.0, state, 0)
@@ -168,7 +182,7 @@ def test_aim_takes_signs_and_the_slope_of_what_can_move(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inspect_flags_each_row(dtype):
+def test_inspect_flags_each_row(core, dtype):
     x = uniform(6, 130, dtype=dtype)
     x[1, 129] = math.nan
     x[2, 0] = -math.inf
@@ -181,8 +195,8 @@ def test_inspect_flags_each_row(dtype):
     assert flags.tolist() == [0, infinite, infinite, outside, outside, infinite]
 
 
-def test_compact_keeps_active_rows_in_order():
-    state, brackets, *_ = new_state(7, 2)
+def test_compact_keeps_active_rows_in_order(core):
+    state, brackets, *_ = new_state(core, 7, 2)
     brackets[:, COLUMN["status"]] = torch.tensor([0, 1, 0, 2, 3, 0, 0], dtype=torch.float64)
     index = torch.tensor([6, 5, 4, 2, 1], dtype=torch.int32)
     active, count = torch.full((7,), -1, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
@@ -196,7 +210,7 @@ def test_compact_keeps_active_rows_in_order():
 # --- Threads --------------------------------------------------------------------------------------
 
 
-def test_the_number_of_threads_changes_nothing():
+def test_the_number_of_threads_changes_nothing(core):
     x = uniform(300, 3, 32, 32, dtype=torch.float32)
     direction = torch.randint(-1, 2, x.shape, dtype=torch.int8)
     probes = uniform(300, 1, dtype=torch.float32)
@@ -210,7 +224,7 @@ def test_the_number_of_threads_changes_nothing():
     assert torch.equal(results[0], results[2])
 
 
-def test_the_gil_is_released():
+def test_the_gil_is_released(core):
     x = uniform(64, 1 << 18, dtype=torch.float32)
     out, direction = torch.empty_like(x), torch.ones(x.shape, dtype=torch.int8)
     probes, index = torch.ones(64, 1), torch.arange(64, dtype=torch.int32)
@@ -233,7 +247,7 @@ def test_the_gil_is_released():
 # --- What the bindings check ----------------------------------------------------------------------
 
 
-def test_the_bindings_check_what_they_are_given():
+def test_the_bindings_check_what_they_are_given(core):
     x = uniform(2, 3, 4, 4, dtype=torch.float32)
     direction = torch.ones(x.shape, dtype=torch.int8)
     probes, index = torch.ones(2, 1), torch.arange(2, dtype=torch.int32)
@@ -269,5 +283,5 @@ def test_the_bindings_check_what_they_are_given():
         )
 
 
-def test_constants_agree():
+def test_constants_agree(core):
     assert core.MAX_PROBES == MAX_PROBES

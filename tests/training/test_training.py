@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from rat_ext import datasets, models, training
+from rat_ext import datasets, models
 from rat_ext.training import Recipe, train
+from rat_ext.training.augmentation import AUGMENTATIONS, crop_flip, mixup
+from rat_ext.training.run import Run
 
 FAST = Recipe(epochs=8, batch_size=50, optimizer="adamw", lr=3e-3, eps=0.05)
 
@@ -129,7 +131,7 @@ def test_errors_of_a_recipe(change: dict, message: str) -> None:
 
 def test_learning_rate_warms_up_and_falls(digits: datasets.Splits) -> None:
     recipe = Recipe(epochs=10, warmup=2, lr=1.0, batch_size=100)
-    run = training._Run(network(), digits.train, recipe, torch.device("cpu"), 0, 1)
+    run = Run(network(), digits.train, recipe, torch.device("cpu"), 0, 1)
     rates = [run.learning_rate(step) for step in range(40)]
     assert rates[:8] == pytest.approx([step / 9 for step in range(1, 9)])
     assert rates[8] == 1
@@ -142,7 +144,7 @@ def test_learning_rate_warms_up_and_falls(digits: datasets.Splits) -> None:
 def test_augmented_images_are_shifted_parts_of_the_padded_ones(augment: str) -> None:
     x = torch.rand(40, 2, 16, 16)
     generator = torch.Generator().manual_seed(0)
-    moved = training._AUGMENT[augment](x, generator, 1, slice(None))
+    moved = AUGMENTATIONS[augment](x, generator, 1, slice(None))
     found = set()
     for image, result in zip(x, moved, strict=True):
         padded = nn.functional.pad(image, [2] * 4)
@@ -161,10 +163,10 @@ def test_augmented_images_are_shifted_parts_of_the_padded_ones(augment: str) -> 
 
 def test_augmentation_does_not_depend_on_the_number_of_processes() -> None:
     x = torch.rand(8, 1, 16, 16)
-    alone = training._crop_flip(x, torch.Generator().manual_seed(1), 1, slice(None))
+    alone = crop_flip(x, torch.Generator().manual_seed(1), 1, slice(None))
     for rank in range(2):
         share = slice(rank, None, 2)
-        part = training._crop_flip(x[share], torch.Generator().manual_seed(1), 2, share)
+        part = crop_flip(x[share], torch.Generator().manual_seed(1), 2, share)
         assert torch.equal(part, alone[share])
 
 
@@ -172,7 +174,7 @@ def test_mixup_mixes_images_and_targets_alike() -> None:
     t = torch.arange(4)
     x = torch.eye(4).view(4, 1, 1, 4)  # the image of a class is its one-hot code
     torch.manual_seed(0)
-    mixed, target = training._mixed(x, t, 1.0, 4)
+    mixed, target = mixup(x, t, 1.0, 4)
     assert torch.allclose(mixed.view(4, 4), target)
     assert torch.allclose(target.sum(1), torch.ones(4))
     assert ((target > 0) & (target < 1)).any()

@@ -1,0 +1,25 @@
+"""Labelled images with pixels in [0, 1].
+
+`images` says what a data set is here, `sources` has one function for each that is known, registered
+with `by_name`, where `load` finds it.
+"""
+
+from .by_name import forms, load
+from .images import Images, Labelled, batches, first, with_outliers
+from .sources import Splits, digits, jpeg_archive
+
+NAMES = forms()
+"""The forms of the names that `load` knows."""
+
+__all__ = [
+    "NAMES",
+    "Images",
+    "Labelled",
+    "Splits",
+    "batches",
+    "digits",
+    "first",
+    "jpeg_archive",
+    "load",
+    "with_outliers",
+]

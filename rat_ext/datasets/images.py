@@ -1,0 +1,114 @@
+"""Labelled images: what a data set is here, and parts, mixtures and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+
+class Labelled(Protocol):
+    """A data set of (pixels, class) pairs with pixels in [0, 1], such as those of torchvision."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The name of each class."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> tuple[Tensor, Any]: ...
+
+
+@dataclass(frozen=True)
+class Images(Dataset[tuple[Tensor, Tensor]]):
+    """A data set in memory. An index, a list of them or a slice gives (float32 pixels, targets)."""
+
+    pixels: Tensor
+    """(N, C, H, W), float32 in [0, 1] or uint8 in 0..255."""
+    targets: Tensor
+    """(N,) int64 class indices."""
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        x = self.pixels[index]
+        return x if x.is_floating_point() else x.float() / 255, self.targets[index]
+
+    def subset(self, index: slice | Sequence[int] | Tensor) -> Images:
+        """Some of the images, not copied for a slice."""
+        return Images(self.pixels[index], self.targets[index], self.classes)
+
+
+class _Part(Dataset[tuple[Tensor, int]]):
+    """A part of a mixture of data sets, with int targets: -1 for all of an outlier part."""
+
+    def __init__(self, data: Labelled, outliers: bool) -> None:
+        self.data, self.outliers = data, outliers
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        x, target = self.data[index]
+        return x, -1 if self.outliers else int(target)
+
+
+def with_outliers(data: Labelled, outliers: Labelled) -> Labelled:
+    """The data set followed by images of another one, which count as errors (target -1).
+
+    Raises:
+        ValueError: their images have different shapes.
+    """
+    shapes = [tuple(each[0][0].shape) for each in (data, outliers)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the outliers have shape {shapes[1]}, the images {shapes[0]}; they must be equal"
+        )
+    if isinstance(data, Images) and isinstance(outliers, Images):
+        pixels = torch.cat([data[:][0], outliers[:][0]])
+        targets = torch.cat([data.targets, torch.full_like(outliers.targets, -1)])
+        return Images(pixels, targets, data.classes)
+    return _named(ConcatDataset([_Part(data, False), _Part(outliers, True)]), data.classes)
+
+
+def first(data: Labelled, count: int, skip: int = 0) -> Labelled:
+    """The first images of a data set, after some to leave out."""
+    if isinstance(data, Images):
+        return data.subset(slice(skip, skip + count))
+    part = Subset(cast(Dataset[Any], data), range(skip, min(skip + count, len(data))))
+    return _named(part, data.classes)
+
+
+def _named(data: Any, classes: Sequence[str]) -> Labelled:
+    """A data set of torch's, which has no names of classes of its own."""
+    data.classes = classes
+    return cast(Labelled, data)
+
+
+def batches(
+    data: Labelled,
+    index: Sequence[Sequence[int]],
+    workers: int,
+    device: torch.device,
+    seed: int = 0,
+) -> DataLoader[Any]:
+    """Loads the batches of these indices, in this order, for a model on the device.
+
+    The seed is that of the transforms which the workers may apply; the global random state is not
+    used.
+    """
+    common: dict[str, Any] = {
+        "num_workers": workers,
+        "pin_memory": device.type == "cuda",
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    dataset = cast(Dataset[Any], data)
+    if isinstance(data, Images):  # takes a list of indices: no collating of single samples
+        return DataLoader(dataset, sampler=index, batch_size=None, **common)
+    return DataLoader(dataset, batch_sampler=[list(batch) for batch in index], **common)

@@ -1,0 +1,232 @@
+"""The data sets that `load` knows, each with its loader."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from .by_name import Request, known_as
+from .images import Images, Labelled
+
+
+class Splits(NamedTuple):
+    """Three disjoint parts of a data set."""
+
+    train: Images
+    validation: Images
+    test: Images
+
+
+def digits(train_size: int = 500, seed: int = 0, *, test_size: int = 1000) -> Splits:
+    """Scikit-learn's 1,797 handwritten digits, (N, 1, 8, 8), split at random.
+
+    Args:
+        train_size: images to train on; few, so that there are errors to detect.
+        seed: of the split.
+        test_size: images to test on; the rest is for validation.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: fewer than 1 image is left for validation.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits need scikit-learn: pip install 'rat-ext[demo]'") from error
+    data = load_digits()
+    total = len(data.target)
+    if train_size < 1 or test_size < 1 or train_size + test_size >= total:
+        raise ValueError(
+            f"train_size is {train_size} and test_size {test_size}; both must be at least 1, and "
+            f"together leave some of the {total} images for validation"
+        )
+    pixels = torch.tensor(data.images, dtype=torch.float32).div_(16).unsqueeze(1)
+    targets = torch.tensor(data.target, dtype=torch.int64)
+    everything = Images(pixels, targets, tuple(map(str, data.target_names)))
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    sizes = [train_size, total - train_size - test_size, test_size]
+    return Splits(*(everything.subset(index) for index in torch.split(order, sizes)))
+
+
+@known_as("digits")
+def _digits(request: Request) -> Images:
+    parts = digits(seed=request.seed)
+    if request.train:
+        return parts.train
+    pixels = torch.cat([parts.validation.pixels, parts.test.pixels])
+    targets = torch.cat([parts.validation.targets, parts.test.targets])
+    return Images(pixels, targets, parts.train.classes)
+
+
+_ARCHIVES = {
+    "cifar10": ("CIFAR10", "the folder cifar-10-batches-py of cifar-10-python.tar.gz"),
+    "cifar100": ("CIFAR100", "the folder cifar-100-python of cifar-100-python.tar.gz"),
+    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat"),
+}
+"""By kind: torchvision's class, and the files that it reads."""
+
+
+@known_as(*_ARCHIVES)
+def _torchvision(request: Request) -> Images:
+    name, files = _ARCHIVES[request.kind]
+    which: dict[str, Any] = {"train": request.train}
+    if request.kind == "svhn":
+        which = {"split": "train" if request.train else "test"}
+    read = getattr(_import_torchvision().datasets, name)
+    try:
+        data = read(request.root, download=request.download, **which)
+    except RuntimeError as error:  # "Dataset not found or corrupted."
+        raise FileNotFoundError(
+            f"{name} is not in {request.root}, or damaged: put {files} there, or allow the "
+            f"download; {_contents(request.root)}"
+        ) from error
+    pixels = torch.as_tensor(data.data)
+    if request.kind == "svhn":
+        return Images(pixels, torch.as_tensor(data.labels).long(), tuple("0123456789"))
+    pixels = pixels.permute(0, 3, 1, 2).contiguous()
+    return Images(pixels, torch.tensor(data.targets), tuple(data.classes))
+
+
+@known_as("imagenet")
+def _imagenet(request: Request) -> Labelled:
+    return _folder([request.root / ("train" if request.train else "val")], request.train)
+
+
+@known_as("cifar10-c:CORRUPTION:SEVERITY", "cifar100-c:CORRUPTION:SEVERITY")
+def _corrupted_cifar(request: Request) -> Images:
+    corruption, severity = _corruption(request)
+    number = request.kind.removeprefix("cifar").removesuffix("-c")
+    folder = request.root / f"CIFAR-{number}-C"
+    paths = [folder / f"{corruption}.npy", folder / "labels.npy"]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {path}; {_contents(folder)}")
+    pixels, labels = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+    if pixels.ndim != 4 or len(pixels) != len(labels) or len(labels) % 5:
+        raise ValueError(
+            f"{paths[0]} has shape {pixels.shape} and {paths[1]} {labels.shape}; expected "
+            "(5 N, height, width, 3) images, N for each severity, and (5 N,) labels"
+        )
+    count = len(labels) // 5
+    part = slice((severity - 1) * count, severity * count)
+    targets = torch.from_numpy(labels[part].astype(np.int64))
+    images = torch.from_numpy(pixels[part].transpose(0, 3, 1, 2).copy())
+    return Images(images, targets, tuple(map(str, range(int(number)))))
+
+
+@known_as("imagenet-c:CORRUPTION:SEVERITY")
+def _corrupted_imagenet(request: Request) -> Labelled:
+    corruption, severity = _corruption(request)
+    return _folder([request.root / "ImageNet-C" / corruption / str(severity)], crop=False)
+
+
+@known_as("folder:PATH")
+def _own_folder(request: Request) -> Labelled:
+    parts = ["train"] if request.train else ["test", "val"]
+    return _folder([Path(request.detail) / part for part in parts], request.train)
+
+
+def jpeg_archive(path: str | Path, limit: int | None = None) -> Images:
+    """Images kept as JPEG files in one .npz archive.
+
+    It has the arrays ``bytes`` (uint8), ``offsets`` (N + 1), ``labels`` (N) and ``classes``: image
+    i is the file ``bytes[offsets[i]:offsets[i + 1]]``. All have the same size.
+
+    Args:
+        path: of the archive.
+        limit: how many images to decode, from the first; default all.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such an archive.
+        ImportError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("reading JPEG images needs Pillow: pip install pillow") from error
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image archive {path}")
+    try:
+        archive = np.load(path, allow_pickle=False)
+        data, offsets, labels, classes = (
+            archive[key] for key in ("bytes", "offsets", "labels", "classes")
+        )
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} is not an image archive with bytes, offsets, labels and classes: {error}"
+        ) from error
+    count = len(labels) if limit is None else min(limit, len(labels))
+    images = [
+        np.asarray(Image.open(io.BytesIO(data[begin:end])).convert("RGB"))
+        for begin, end in itertools.pairwise(offsets[: count + 1])
+    ]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    targets = torch.from_numpy(labels[:count].astype(np.int64))
+    return Images(pixels, targets, tuple(map(str, classes)))
+
+
+@known_as("npz:PATH")
+def _own_archive(request: Request) -> Images:
+    split = "train" if request.train else "test"
+    return jpeg_archive(request.detail.replace("{split}", split))
+
+
+def _corruption(request: Request) -> tuple[str, int]:
+    """Which corruption, and how severe it is."""
+    corruption, _, severity = request.detail.partition(":")
+    if request.train:
+        raise ValueError(f"{request.kind} is for testing; it has no images to train on")
+    if severity not in ("1", "2", "3", "4", "5"):
+        raise ValueError(
+            f"the severity of {request.kind}:{request.detail} must be from 1 to 5: "
+            f"{request.kind}:{corruption}:3"
+        )
+    return corruption, int(severity)
+
+
+def _folder(candidates: Sequence[Path], train: bool = False, crop: bool = True) -> Labelled:
+    """The first folder that is there, of a folder of images for each class."""
+    path = next((path for path in candidates if path.is_dir()), None)
+    if path is None:
+        where = " or ".join(map(str, candidates))
+        raise FileNotFoundError(
+            f"there is no folder {where}, with a folder of images for each class; "
+            f"{_contents(candidates[0].parent)}"
+        )
+    torchvision = _import_torchvision()
+    transforms = torchvision.transforms
+    if train:
+        steps = [transforms.RandomResizedCrop(224)]
+    else:
+        steps = [transforms.Resize(256), transforms.CenterCrop(224)] if crop else []
+    transform = transforms.Compose([*steps, transforms.ToTensor()])
+    try:
+        return cast(Labelled, torchvision.datasets.ImageFolder(path, transform))
+    except FileNotFoundError as error:  # no class, or a class without an image
+        raise FileNotFoundError(
+            f"{path} has no folder of images for each class ({error}); {_contents(path)}"
+        ) from error
+
+
+def _contents(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist"
+    names = sorted(path.name for path in folder.iterdir())
+    more = ", ..." if len(names) > 5 else ""
+    return f"found in {folder}: {', '.join(names[:5]) or 'nothing'}{more}"
+
+
+def _import_torchvision() -> Any:
+    try:
+        import torchvision
+    except ImportError as error:
+        raise ImportError("this data set needs torchvision: pip install torchvision") from error
+    return torchvision

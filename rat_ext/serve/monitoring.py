@@ -1,0 +1,72 @@
+"""The service's Prometheus metrics."""
+
+from __future__ import annotations
+
+import time
+
+import prometheus_client as prometheus
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .settings import Settings
+
+
+class Metrics:
+    """The service's Prometheus metrics, in a registry of their own."""
+
+    def __init__(self, settings: Settings) -> None:
+        registry = prometheus.CollectorRegistry()
+        self.registry = registry
+        self.requests = prometheus.Counter(
+            "rat_ext_requests", "Requests for a prediction.", ["status"], registry=registry
+        )
+        self.seconds = prometheus.Histogram(
+            "rat_ext_request_seconds",
+            "Time from the headers of a request to those of its answer.",
+            buckets=[1e-3 * 2**i for i in range(16)],
+            registry=registry,
+        )
+        self.waiting = prometheus.Gauge(
+            "rat_ext_queue_length", "Inputs that wait for the model.", registry=registry
+        )
+        sizes = [2**i for i in range(settings.max_batch.bit_length())]
+        self.batch_size = prometheus.Histogram(
+            "rat_ext_batch_size",
+            "Inputs that the model ran on together.",
+            buckets=sorted({*sizes, settings.max_batch}),
+            registry=registry,
+        )
+        self.predictions = prometheus.Counter(
+            "rat_ext_predictions",
+            "Predictions, by the detector's verdict (ungated without a detector).",
+            ["verdict"],
+            registry=registry,
+        )
+        for verdict in ("accepted", "rejected", "ungated"):
+            self.predictions.labels(verdict)  # shown as 0 before the first
+        prometheus.ProcessCollector(registry=registry)
+
+
+class Measured:
+    """ASGI middleware that counts and times the requests for a prediction."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].endswith("/predict"):
+            await self.app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        status = 500  # where an exception leaves no answer
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, observed)
+        finally:
+            self.metrics.requests.labels(status).inc()
+            self.metrics.seconds.observe(time.perf_counter() - start)

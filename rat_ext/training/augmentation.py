@@ -1,0 +1,58 @@
+"""What training does to a batch: augmentation and mixup."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Augmentation = Callable[[Tensor, torch.Generator, int, slice], Tensor]
+"""Called with the (N, C, H, W) images of a process, a generator which all processes have alike, how
+many processes there are, and the part of the images of all that is this one's."""
+
+
+def unchanged(x: Tensor, generator: torch.Generator, world: int, share: slice) -> Tensor:
+    return x
+
+
+def crop(x: Tensor, generator: torch.Generator, world: int, share: slice) -> Tensor:
+    n, channels, height, width = x.shape
+    device, margin = x.device, height // 8
+    # Drawn for the batch of all processes, so that their number does not change what is learnt.
+    shift = torch.randint(2 * margin + 1, (2, n * world), device=device, generator=generator)
+    top, left = shift[:, share].view(2, n, 1, 1, 1)
+    samples = torch.arange(n, device=device).view(n, 1, 1, 1)
+    planes = torch.arange(channels, device=device).view(1, channels, 1, 1)
+    rows = top + torch.arange(height, device=device).view(1, 1, height, 1)
+    columns = left + torch.arange(width, device=device).view(1, 1, 1, width)
+    return F.pad(x, [margin] * 4)[samples, planes, rows, columns]
+
+
+def crop_flip(x: Tensor, generator: torch.Generator, world: int, share: slice) -> Tensor:
+    x = crop(x, generator, world, share)
+    coin = torch.rand(len(x) * world, device=x.device, generator=generator)[share]
+    return torch.where(coin.view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "none": unchanged,
+    "crop": crop,
+    "crop-flip": crop_flip,
+}
+"""By the name that a recipe gives them."""
+
+
+def mixup(x: Tensor, t: Tensor, alpha: float, classes: int) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al., ICLR 2018) with one weight, from Beta(alpha, alpha), for the batch.
+
+    Returns:
+        The images mixed with those of the batch in another order, and their (N, classes) class
+        probabilities.
+    """
+    weight = float(torch.distributions.Beta(alpha, alpha).sample())
+    order = torch.randperm(len(x), device=x.device)
+    onehot = F.one_hot(t, classes).to(x.dtype)
+    # Rounding may leave the bounds of the pixels, which the RAT loss checks.
+    return torch.lerp(x[order], x, weight).clamp_(0, 1), torch.lerp(onehot[order], onehot, weight)
