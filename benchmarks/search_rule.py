@@ -23,6 +23,7 @@ from rat_ext import reference
 from rat_ext.search.options import Options
 
 TOLERANCES = (1e-2, 2.0**-12)
+EPS_MIN = 2.0**-24  # of pixels in [0, 1]: smaller steps are rounded away
 
 
 def earliest(u, gap_u, v, gap_v, y):
@@ -56,7 +57,7 @@ def rows_of(model, rays, rtol, first=1.0, centred=False, curved=False, stretch=0
     lower, gap_lower = torch.zeros(n, dtype=z.dtype), gap_0.clone()
     upper, gap_upper = torch.full_like(lower, torch.inf), torch.empty_like(gap_0)
     eps = torch.full_like(lower, 1e-6) if first is None else first * margin / slope
-    eps = eps.clamp(options.eps_min, options.eps_max)
+    eps = eps.clamp(EPS_MIN, options.eps_max)
     rows, active = torch.zeros(n, dtype=torch.long), torch.arange(n)
     while len(active):
         a, e = active, eps[active]
@@ -68,7 +69,7 @@ def rows_of(model, rays, rtol, first=1.0, centred=False, curved=False, stretch=0
         upper[a[flip]], gap_upper[a[flip]] = e[flip], gap[flip]
         lower[a[~flip]], gap_lower[a[~flip]] = e[~flip], gap[~flip]
         low, high = lower[a], upper[a]
-        floor = low.clamp_min(options.eps_min)
+        floor = low.clamp_min(EPS_MIN)
         closed = torch.where(high.isinf(), low >= options.eps_max, high - floor <= rtol * high)
         active = a = a[~closed]
         low, high, floor = low[~closed], high[~closed], floor[~closed]

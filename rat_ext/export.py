@@ -110,8 +110,10 @@ def _program(
     # Detached, so that the graph has no gradients of weights.
     state = {name: p.detach() for name, p in (*model.named_parameters(), *model.named_buffers())}
 
+    slack = checked.bounds.slack(example.dtype)
+
     def radius(x: Tensor) -> tuple[Tensor, Tensor]:
-        return _rr_fast(lambda x: torch.func.functional_call(model, state, (x,)), x, checked)
+        return _rr_fast(lambda x: torch.func.functional_call(model, state, (x,)), x, checked, slack)
 
     # Attention in plain operations: the backward of a fused kernel is a kernel of its own.
     with (
@@ -139,7 +141,9 @@ def _program(
             ) from error
 
 
-def _rr_fast(model: Callable[[Tensor], Any], x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def _rr_fast(
+    model: Callable[[Tensor], Any], x: Tensor, options: Options, slack: float
+) -> tuple[Tensor, Tensor]:
     """Predictions and radii, as in `reference.rr_fast`, in operations that can be traced."""
     rows, wide = x.shape[0], WIDE[x.dtype]
     with torch.enable_grad():
@@ -157,7 +161,6 @@ def _rr_fast(model: Callable[[Tensor], Any], x: Tensor, options: Options) -> tup
     fall = gap - gap_h
     crossing = (options.h * gap / fall).masked_fill((fall <= 0) | is_y, math.inf)
     valid = _all(z.isfinite()) & _all(z_h.isfinite()) & _all(gradient.isfinite())
-    slack = options.bounds.slack(x.dtype)
     valid &= _all((x >= options.low - slack) & (x <= options.high + slack))
     return y.masked_fill(~valid, -1), crossing.amin(1).masked_fill(~valid, math.nan)
 

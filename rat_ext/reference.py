@@ -28,9 +28,6 @@ from .search.result import RadiusResult, concatenate, warn_about
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FIRST_STEP = 1e-6
-"""The first radius that RR-BS probes, as a share of eps_max."""
-
 TEXTBOOK_PROBES = 24
 """Probes of the textbook RR-BS (`regrad=True`)."""
 
@@ -111,7 +108,8 @@ def fgsm_direction(
     model is confident. For L2 d is the gradient, scaled to norm 1.
     """
     gradient, z, y, _ = attack_gradient(model, x, temperature, target)
-    gradient[~gradient.isfinite().flatten(1).all(1)] = math.nan
+    failed = ~gradient.isfinite().flatten(1).all(1)
+    gradient = gradient.masked_fill(failed.view(-1, *[1] * (x.ndim - 1)), math.nan)
     return steepest(gradient, norm), z, y
 
 
@@ -293,7 +291,7 @@ class _Rows:
         self.options, self.prediction = options, y
         self.lower = x.new_zeros(len(x), dtype=z.dtype)
         self.upper = torch.full_like(self.lower, math.inf)
-        self.eps = torch.full_like(self.lower, FIRST_STEP * options.eps_max)
+        self.eps = torch.full_like(self.lower, options.first_step)
         self.least_step = torch.zeros_like(self.lower)
         self.flipped_to = torch.full_like(y, -1)
         self.rows, self.backwards = torch.zeros_like(y), torch.zeros_like(y)

@@ -62,7 +62,7 @@ class Place {
 class PyState {
  public:
   PyState(py::object brackets, py::object gaps, py::object probes, double rtol, double eps_max,
-          double temperature, bool bisect)
+          double temperature, double bisect_from)
       : owners_{brackets, gaps, probes},
         brackets_(read(brackets, "brackets")),
         gaps_(read(gaps, "gaps")),
@@ -80,7 +80,7 @@ class PyState {
     if (!(rtol > 0 && rtol < 1 && eps_max > 0 && std::isfinite(eps_max) && temperature > 0)) {
       fail("State", "needs rtol in (0, 1), a finite eps_max > 0 and a temperature > 0");
     }
-    params_ = {rtol, eps_max, temperature, static_cast<int>(probes_.sizes[1]), bisect, 0};
+    params_ = {rtol, eps_max, temperature, static_cast<int>(probes_.sizes[1]), bisect_from, 0};
     params_.max_rows =
         dtype() == DType::kFloat64 ? rat::max_rows<double>(params_) : rat::max_rows<float>(params_);
   }
@@ -105,12 +105,10 @@ class PyState {
       view.rows = count;
       return view;
     };
-    const SearchParams<T> params{static_cast<T>(params_.rtol),
-                                 static_cast<T>(params_.eps_max),
-                                 static_cast<T>(params_.temperature),
-                                 params_.probes,
-                                 params_.bisect,
-                                 params_.max_rows};
+    const SearchParams<T> params{
+        static_cast<T>(params_.rtol),        static_cast<T>(params_.eps_max),
+        static_cast<T>(params_.temperature), params_.probes,
+        static_cast<T>(params_.bisect_from), params_.max_rows};
     return {part(brackets_), part(gaps_), part(probes_), params};
   }
   template <typename T>
@@ -281,9 +279,9 @@ PYBIND11_MODULE(RAT_EXT_MODULE, m) {
   m.attr("BUILD_TYPE") = RAT_EXT_BUILD_TYPE;
 
   py::class_<rat::PyState>(m, "State", py::module_local())
-      .def(py::init<py::object, py::object, py::object, double, double, double, bool>(),
+      .def(py::init<py::object, py::object, py::object, double, double, double, double>(),
            "brackets"_a, "gaps"_a, "probes"_a, py::kw_only(), "rtol"_a, "eps_max"_a,
-           "temperature"_a, "bisect"_a)
+           "temperature"_a, "bisect_from"_a)
       .def("max_rows", &rat::PyState::max_rows);
 
   const auto threads = "threads"_a = 1;

@@ -61,9 +61,11 @@ struct SearchParams {
   T rtol;
   T eps_max;  // end of the ray: the largest radius looked at
   T temperature;
-  int probes;    // per row and round
-  bool bisect;   // plain doubling and bisection instead of the rule
-  int max_rows;  // a row that takes more is given up; see max_rows() in plan.h
+  int probes;     // per row and round
+  T bisect_from;  // if > 0: plain doubling from here and bisection, instead of the rule
+  int max_rows;   // a row that takes more is given up; see max_rows() in plan.h
+
+  RAT_HD bool bisect() const { return bisect_from > T(0); }
 };
 
 }  // namespace rat

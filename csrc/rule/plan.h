@@ -39,10 +39,9 @@ struct Planner {
 
   // The first probes, from the margin and the slope.
   RAT_HD void first() {
-    const T centre = params.bisect ? T(0) : T(params.probes - 1) / 2;
-    const T ratio = params.bisect ? T(2) : T(kFirstSpread);
-    const T radius =
-        params.bisect ? params.eps_max * T(1e-6) : T(kFirstStep) * row.margin / row.slope;
+    const T centre = params.bisect() ? T(0) : T(params.probes - 1) / 2;
+    const T ratio = params.bisect() ? T(2) : T(kFirstSpread);
+    const T radius = params.bisect() ? params.bisect_from : T(kFirstStep) * row.margin / row.slope;
     for (int i = 0; i < params.probes; ++i) {
       place(i, radius * std::pow(ratio, T(i) - centre), row.least_step, params.eps_max);
     }
@@ -58,7 +57,7 @@ struct Planner {
                                : bisections(row.lower, row.upper) + static_cast<T>(kSlack);
       if (closed() || spent) {
         row.status = T(kFound);
-      } else if (params.bisect) {
+      } else if (params.bisect()) {
         split(false);
       } else {
         narrow_bracket(estimate);
@@ -108,7 +107,7 @@ struct Planner {
     if (row.previous < T(0)) estimate *= T(1) + T(kStretch) * reach * reach;
     for (int i = 0; i <= last; ++i) {
       T radius;
-      if (params.bisect) {
+      if (params.bisect()) {
         radius = row.lower * std::exp2(T(i + 1));
       } else {
         const T offset = last == 0 ? T(0.5) : T(i) - T(last) / 2;
@@ -168,14 +167,14 @@ struct Planner {
 
 // No row takes more forward rows than this, whatever the model: the rounds in which nothing flips
 // (kFreeRounds free ones, then steps by 2, 4, 8, ... from the least step to eps_max) and the budget
-// of the widest bracket. For the plain bisection: doublings from 1e-6 of the ray, then halvings.
+// of the widest bracket. For the plain bisection: doublings, then halvings.
 template <typename T>
 int max_rows(const SearchParams<double>& params) {
   const double octaves = larger(std::log2(params.eps_max) - std::log2(kTiny<T>), 1.0);
   const double rate = -std::log1p(-params.rtol);
   int rounds = 3;
-  if (params.bisect) {
-    rounds += static_cast<int>(std::ceil(std::log2(1e6) + octaves - std::log2(params.rtol)));
+  if (params.bisect()) {
+    rounds += static_cast<int>(std::ceil(octaves - std::log2(params.rtol)));
   } else {
     int growth = 1;
     for (double reached = 0; reached < octaves; ++growth) reached += growth;

@@ -198,7 +198,7 @@ struct Search {
   template <typename Team>
   RAT_HD void plan(const Team& team, bool was_flipped) {
     T estimate = 0;
-    if (row.active() && !params.bisect && !planner().closed() &&
+    if (row.active() && !params.bisect() && !planner().closed() &&
         (row.flipped() || row.lower < params.eps_max)) {
       estimate = crossing(team, row, knots, params);
     }

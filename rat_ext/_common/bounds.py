@@ -85,18 +85,19 @@ class Bounds:
         return reach if math.isfinite(reach) else UNBOUNDED_REACH
 
     def slack(self, dtype: torch.dtype) -> float:
-        """How far an input may lie outside, which rounding may do: some spacings of its numbers."""
-        ends = torch.stack(
-            [torch.as_tensor(end).double().abs().max() for end in (self.low, self.high)]
-        )
-        largest = ends[ends.isfinite()].max() if ends.isfinite().any() else ends.new_zeros(())
-        return ROUNDING * torch.finfo(dtype).eps * float(largest)
+        """How far an input may lie outside, which rounding may do: some spacings of its numbers.
+
+        Inputs in float64 may have come from float32.
+        """
+        ends = [torch.as_tensor(end, dtype=torch.float64) for end in (self.low, self.high)]
+        largest = max(float(end.abs().where(end.isfinite(), 0).max()) for end in ends)
+        return ROUNDING * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * largest
 
     def clip(self, x: Tensor) -> Tensor:
         """x with every element moved to the nearest value that it may have."""
         if isinstance(self.low, Tensor) and isinstance(self.high, Tensor):
             return x.clamp(self.low.to(x), self.high.to(x))
-        return x.clamp(self.low, self.high)
+        return x.clamp(float(self.low), float(self.high))
 
     def outside(self, x: Tensor) -> Tensor:
         """(N,) bool: an element of the row leaves the bounds by more than rounding does."""

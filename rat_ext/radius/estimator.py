@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._common.user_model import Model, check_device, undisturbed
-from ..search.bracket_search import BracketSearch
+from ..attacks.rays import fgsm
 from ..search.options import Options, SearchOptions, shows_options
 from ..search.result import RadiusResult, concatenate, warn_about
 from ..search.tensors import (
@@ -177,7 +177,7 @@ class RadiusEstimator:
     def _allocate(self, model: Model, example: Tensor, classes: int) -> None:
         n, device = len(example), self._device
         self._x = empty_rows_like(example, n, example.dtype).copy_(example)
-        self._search = BracketSearch(model, self._x, classes, self._options)
+        self._search = fgsm(model, self._x, classes, self._options)
         self._order = torch.arange(n, dtype=torch.int32, device=device)
         self._index = self._order.clone()
         self._count, self._rows = (self._order.new_full((1,), n) for _ in range(2))

@@ -69,7 +69,7 @@ class BracketSearch:
             rtol=options.narrowest,
             eps_max=options.eps_max,
             temperature=options.temperature,
-            bisect=options.bisect,
+            bisect_from=options.first_step if options.bisect else 0.0,
         )
 
     def aim(self, leaf: Tensor, logits: Tensor, begin: int = 0, retain_graph: bool = False) -> None:

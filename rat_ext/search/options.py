@@ -44,6 +44,9 @@ WIDE = {
 HALF_STEPS = 4
 """Spacings of an input in half precision that a bracket is wide at least."""
 
+FIRST_STEP = 1e-6
+"""The first radius that plain doubling probes, as a share of eps_max, or of 1 without bounds."""
+
 MAX_PROBES = 32  # kMaxProbes of csrc/rule/bracket.h
 
 
@@ -255,6 +258,8 @@ class Options:
     eps_max: float
     batch_size: int | None
     h: float
+    first_step: float
+    """Where plain doubling and bisection begin."""
     bisect: bool
     probes: int
     attacks: tuple[Attack, ...]
@@ -306,6 +311,7 @@ class Options:
         eps_max = value["eps_max"]
         if eps_max is None:
             eps_max = bounds.reach(attacks[0].norm, x)
+        first_step = FIRST_STEP * (eps_max if bounds.finite else min(eps_max, 1.0))
         # Further out, sums of two radii or of a radius and an input overflow.
         eps_max = min(eps_max, torch.finfo(WIDE[x.dtype]).max / 4)
         return cls(
@@ -317,6 +323,7 @@ class Options:
             eps_max=eps_max,
             batch_size=value["batch_size"],
             h=value["h"],
+            first_step=first_step,
             bisect=value["search"] == "bisect",
             probes=1 if value["method"] == "fast" else value["probes"],
             attacks=attacks,

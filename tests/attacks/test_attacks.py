@@ -384,8 +384,9 @@ def test_several_probes_a_round_find_the_same(attack):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_lower_precisions(attack, dtype):
     model, x = mlp(seed=3), uniform(60, 12, seed=3).to(dtype)
-    expected = robust_radius(model, x.double(), attack=attack)
-    result = robust_radius(model.to(dtype), x, attack=attack)
+    rtol = 0.05 if dtype == torch.bfloat16 else 0.01  # it has no finer steps
+    expected = robust_radius(model, x.double(), attack=attack, rtol=rtol)
+    result = robust_radius(model.to(dtype), x, attack=attack, rtol=rtol)
     assert result.dtype == torch.float32
     both = result.isfinite() & expected.isfinite()
     assert both.float().mean() > 0.8
@@ -458,10 +459,8 @@ def test_the_smallest_radius_wins_and_says_so():
 def test_a_radius_wins_over_none_and_none_over_nan():
     def result(*radii: float) -> RadiusResult:
         radius = torch.tensor(radii)
-        whole = torch.zeros(len(radii), dtype=torch.int64)
-        return RadiusResult(
-            radius, radius, radius, radius.isfinite(), whole, whole, whole, whole, whole, whole
-        )
+        found, whole = radius.isfinite(), torch.zeros(len(radii), dtype=torch.int64)
+        return RadiusResult(*[radius] * 3, *[found] * 2, *[whole] * 6)
 
     nan, inf = math.nan, math.inf
     both = smallest([result(nan, inf, inf, 0.2, 0.3), result(inf, 0.1, nan, nan, 0.3)])

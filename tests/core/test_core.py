@@ -39,8 +39,8 @@ def new_state(
     brackets = torch.zeros(n, len(COLUMN), dtype=dtype)
     gaps = torch.zeros(n, core.KNOTS * classes, dtype=dtype)
     radii = torch.zeros(n, probes, dtype=dtype)
-    defaults = {"rtol": 1e-2, "eps_max": 1.0, "eps_min": 2.0**-24, "temperature": 1.0}
-    state = core.State(brackets, gaps, radii, **{**defaults, **options}, bisect=False)
+    defaults = {"rtol": 1e-2, "eps_max": 1.0, "temperature": 1.0}
+    state = core.State(brackets, gaps, radii, **{**defaults, **options}, bisect_from=0.0)
     return state, brackets, gaps, radii
 
 
@@ -182,6 +182,24 @@ def test_aim_takes_signs_and_the_slope_of_what_can_move(core, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_least_step_is_that_of_the_row(core, dtype):
+    """What moves no element, by the tensors' own arithmetic; bounds have no part in it."""
+    x = torch.tensor([[0.7, 3.0, 300.0], [0.0, 40.0, 5.0], [2.0, 1.0, 7.0]], dtype=dtype)
+    gradient = torch.tensor([[1.0, -2.0, 1.0], [1.0, 1.0, 1.0], [-1.0, 1.0, 1.0]], dtype=dtype)
+    state, brackets, *_ = new_state(core, 3, 3, dtype=WIDE[dtype], eps_max=1e4)
+    logits = torch.tensor([[1.0, 0.0, 0.5]] * 3, dtype=WIDE[dtype])
+    core.start(logits, torch.empty_like(logits), state, 0)
+    core.aim(gradient, x, torch.empty(3, 3, dtype=torch.int8), 2.0, math.inf, state, 0)
+    least = brackets[:, COLUMN["least_step"]]
+    share = torch.finfo(dtype).eps / 4
+    # In the last row the element at the bound of 2 cannot move down, and the next one is nearest.
+    expected = torch.tensor([0.7, 40 * share, 1.0]).double() * share
+    torch.testing.assert_close(least.double(), expected.double(), rtol=2e-2, atol=0)
+    moved = x.to(WIDE[dtype]) + least[:, None] * gradient.sign().to(WIDE[dtype])
+    assert torch.equal(moved[::2].to(dtype), x[::2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_inspect_flags_each_row(core, dtype):
     x = uniform(6, 130, dtype=dtype)
     x[1, 129] = math.nan
@@ -277,9 +295,8 @@ def test_the_bindings_check_what_they_are_given(core):
             probes,
             rtol=1e-2,
             eps_max=1.0,
-            eps_min=1e-7,
             temperature=1.0,
-            bisect=False,
+            bisect_from=0.0,
         )
 
 

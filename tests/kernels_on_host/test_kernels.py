@@ -5,16 +5,9 @@ And, where the core was built with CUDA, that the kernels are in it for every ar
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import math
-import os
 import re
-import shutil
 import struct
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -38,70 +31,8 @@ ORDERS = [1, 2, 3]
 """How the host build orders a block's threads between two barriers."""
 
 
-@pytest.fixture(scope="session")
-def on_host() -> ModuleType:
-    """The core with the CUDA kernels' bodies in place of the CPU's loops."""
-    pybind11 = pytest.importorskip("pybind11", reason="building the host build needs pybind11")
-    # The tools may be beside a Python whose environment is not activated.
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-    cmake = shutil.which("cmake", path=path)
-    if cmake is None or shutil.which("ninja", path=path) is None:
-        pytest.skip("building the host build needs cmake and ninja")
-    sanitize = "sanitizers" in _build_info.build_info().build_type
-    name = "on-host-sanitized" if sanitize else "on-host"
-    build = ROOT / "build" / f"{name}-{sys.implementation.cache_tag}"
-    options = ["-DRAT_EXT_CUDA=OFF", "-DRAT_EXT_KERNELS_ON_HOST=ON", "-DRAT_EXT_WERROR=ON"]
-    options.append(f"-DRAT_EXT_SANITIZE={'ON' if sanitize else 'OFF'}")
-    python = [f"-DPython_EXECUTABLE={sys.executable}", "-DPYBIND11_FINDPYTHON=ON"]
-    pybind = f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
-    configure = [cmake, f"-S{ROOT}", f"-B{build}", "-GNinja", *options, *python, pybind]
-    for command in (configure, [cmake, "--build", build, "--target", "_on_host"]):
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "PATH": path}
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    (library,) = build.glob("_on_host*.so")
-    spec = importlib.util.spec_from_file_location("_on_host", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def new_state(module: ModuleType, n: int, classes: int, dtype: torch.dtype, probes: int = 1):
-    brackets = torch.zeros(n, len(test_core.COLUMN), dtype=dtype)
-    gaps = torch.zeros(n, core.KNOTS * classes, dtype=dtype)
-    radii = torch.zeros(n, probes, dtype=dtype)
-    options = {"rtol": 1e-2, "eps_max": 1.0, "eps_min": 2.0**-24, "temperature": 0.7}
-    return module.State(brackets, gaps, radii, **options, bisect=False), brackets, gaps, radii
-
-
-# The tests of the core's operations hold for the kernels as well.
-@pytest.mark.parametrize(
-    "test",
-    [
-        test_core.test_perturb_gathers_moves_and_clips,
-        test_core.test_aim_takes_signs_and_the_slope_of_what_can_move,
-        test_core.test_inspect_flags_each_row,
-    ],
-    ids=lambda test: test.__name__,
-)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_pass_the_tests_of_the_core(test, dtype, on_host, monkeypatch):
-    monkeypatch.setattr(test_core, "core", on_host)
-    if test is test_core.test_perturb_gathers_moves_and_clips:
-        for layout in range(3):
-            test(dtype, layout)
-    else:
-        test(dtype)
-
-
-def test_compact_and_ties_pass_the_tests_of_the_core(on_host, monkeypatch):
-    monkeypatch.setattr(test_core, "core", on_host)
-    test_core.test_compact_keeps_active_rows_in_order()
-    test_core.test_ties_go_to_the_smallest_class()
-    test_core.test_logits_that_are_not_finite_fail_their_row_only(math.nan)
-    for dtype in DTYPES:
-        test_core.test_seed_keeps_its_precision_where_the_model_is_confident(dtype)
+    return test_core.new_state(module, n, classes, dtype, probes, temperature=0.7)
 
 
 @pytest.mark.parametrize("order", ORDERS)
