@@ -22,7 +22,8 @@ from rat_ext import Cascade, Detector, scores
 from rat_ext._common.storage import fingerprint
 from rat_ext.detector.held_out import Split
 from rat_ext.detector.threshold import Rule, upper_bound
-from rat_ext.scores.cascade import narrowest_band
+from rat_ext.scores import registry
+from rat_ext.scores.band import narrowest_band
 
 FAST = {"temperature": 1.0}
 """Options for a score that is to have nothing to fit."""
@@ -173,7 +174,7 @@ class Column(scores.Score):
 
 
 def test_the_guarantee_of_a_cascade(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rat_ext.scores.cascade.RESAMPLES", 20)
+    monkeypatch.setattr("rat_ext.scores.band.RESAMPLES", 20)
     target_risk, delta, runs = 0.1, 0.1, 100
     generator = torch.Generator().manual_seed(2)
 
@@ -623,7 +624,7 @@ def test_scores_of_ones_own(tmp_path: Path) -> None:
             assert torch.equal(out.prediction, RowExact()(x).argmax(1))
     finally:
         for name in own:
-            scores._registry.pop(name, None)
+            registry._registry.pop(name, None)
     with pytest.raises(ValueError, match="'own-plain'; import the module that registers it"):
         Detector.load(path, Counting())
 

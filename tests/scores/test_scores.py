@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rat_ext.radius_scores
 from rat_ext import metrics, robust_radius, scores
+from rat_ext.scores import registry
 
 BUILT_IN = [
     "msr",
@@ -451,7 +452,7 @@ def test_the_registry():
 
 
 def test_a_score_of_ones_own(monkeypatch):
-    monkeypatch.setattr(scores, "_registry", dict(scores._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
 
     @scores.register("second-logit")
     class SecondLogit(scores.LogitScore):
