@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._common.storage import fingerprint, write_whole
 from .._common.user_model import Model
-from ..scores.base import Score, definer
+from ..scores.base import Score, comes_with
 from ..scores.cascade import CascadeReport
 from ..scores.registry import kind_of, name_of
 from .fit_report import DetectorReport
@@ -129,7 +129,7 @@ def _packed(score: Score, prefix: str, tensors: dict[str, Tensor]) -> dict[str, 
         )
     try:
         for method in ("__init__", "fit"):
-            if not issubclass(definer(kind, "state"), definer(kind, method)):
+            if not comes_with(kind, "state", method):
                 raise TypeError(f"{kind.__name__} defines {method}(), but not state() with it")
         state = score.state()
         parts = {key: value for key, value in state.items() if isinstance(value, Score)}

@@ -43,9 +43,12 @@ class Audit(Protocol):
         """What the detector's report says in addition, of the (N,) confidences of all inputs."""
 
 
-def definer(cls: type, name: str) -> type:
-    """The class that an attribute of `cls` comes from."""
-    return next(base for base in cls.__mro__ if name in vars(base))
+def comes_with(cls: type, name: str, other: str) -> bool:
+    """The class that defines an attribute of `cls` knew of another: has it, or derives from it."""
+    first, second = (
+        next(base for base in cls.__mro__ if each in vars(base)) for each in (name, other)
+    )
+    return second in first.__mro__  # issubclass() would not do: ABCMeta may not be through with cls
 
 
 class Score(ABC):
@@ -75,7 +78,7 @@ class Score(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if not issubclass(definer(cls, "fit_does"), definer(cls, "fit")):
+        if not comes_with(cls, "fit_does", "fit"):
             cls.fit_does = "learn"
 
     def fit(self, model: Model, loader: Iterable[Any], *, progress: bool = True) -> Self:
