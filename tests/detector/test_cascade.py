@@ -92,6 +92,21 @@ def test_a_cascade_examines_its_band_alone() -> None:
     assert f"{100 * saved.changed:.2f} % of the decisions changed" in str(detector.report)
 
 
+def test_the_report_counts_the_decisions_that_a_cascade_changes() -> None:
+    cascade = Cascade(Column(0), Column(1))
+    cascade.band = (0.5, math.inf)  # what is below is rejected unseen
+    x = torch.tensor([[0.1, 0.1], [0.2, 0.9], [0.6, 0.9], [0.7, 0.1]])
+    model = lambda x: x  # noqa: E731
+    audit = cascade.audit()
+    parts = []
+    for part in x.split(2):
+        parts.append(cascade.score(model, part))
+        audit.see(model, part)
+    report = audit.report(torch.cat(parts).numpy(), 0.5)
+    assert (report.changed, report.examined) == (0.25, 0.5)
+    assert (report.forward_rows, report.expensive_forward_rows) == (1.5, 1)
+
+
 def test_a_cascade_fits_its_scores_and_can_be_used_again() -> None:
     cascade = Cascade("energy", "rr-fast")
     with pytest.raises(RuntimeError, match="no band yet"):

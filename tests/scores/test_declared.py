@@ -104,6 +104,18 @@ def test_limited_to_some_settings():
     assert type(scores.MSR().limited_to([Setting(1.0, 0.0)])) is scores.MSR
 
 
+@pytest.mark.parametrize("perturbation", [0.0, 0.1])
+def test_a_chosen_setting_tells_whether_logits_suffice(perturbation):
+    score = scores.get("odin", temperature=1.0, perturbation=[0.0, 0.1])
+    assert not score.logits_only
+    correct = torch.arange(4) > 1
+    good, bad = correct.double(), -correct.double()
+    score.choose(torch.stack([bad, good] if perturbation else [good, bad]), correct)
+    assert score.setting == (1.0, perturbation)
+    assert score.logits_only == (perturbation == 0)
+    assert (score.forward_rows, score.backward_rows) == ((2, 1) if perturbation else (1, 0))
+
+
 @pytest.mark.parametrize("name", ["odin", "rel-u", "rr-fast"])
 def test_a_copy_is_fitted_apart(name):
     score = scores.get(name, temperature=[1.0, 2.0])
