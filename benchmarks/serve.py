@@ -42,7 +42,7 @@ Reply = tuple[int, float, float]
 
 def train(path: Path, epochs: int) -> nn.Module:
     """The digits model; a checkpoint is written to `path`."""
-    recipe = demo.Settings(epochs=epochs).recipe("rat", seed=0)
+    recipe = demo.Experiment(epochs=epochs).recipe("rat", seed=0)
     data = datasets.digits()
     model = models.create("digits-cnn")
     training.train(model, data.train, recipe, validation=data.validation, progress=False)

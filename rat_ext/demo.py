@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from . import datasets, metrics, models, reports, scores, training
+from . import datasets, evaluation, metrics, models, reports, training
 from ._core import __version__
-from .scores import RRBS, RRFast
 
 TRAININGS = {"ce": "plain", "rat": "RAT"}
 SCORES = {"msr": "MSR", "rr-fast": "RR-Fast", "rr-bs": "RR-BS"}
-METRICS = [
-    ("accuracy", 100, True),
-    ("aurc", 1000, False),
-    ("auroc", 100, True),
-    ("fpr95", 100, False),
-]
-"""Name, scale in print, and larger is better."""
+COLUMNS = {
+    "accuracy": reports.Column("accuracy %", 100, True),
+    **{metric: evaluation.COLUMNS[metric] for metric in ("aurc", "auroc", "fpr95")},
+}
+MEANINGS = {
+    "accuracy": "Share of right predictions, without rejecting any.",
+    **{term: evaluation.MEANINGS[term] for term in ("AURC", "AUROC", "FPR@95TPR")},
+    "forward rows": "Cost of a score: passes of one image through the network. The radii take one "
+    "backward pass on top.",
+    "MSR": "Maximum softmax response: the probability of the predicted class.",
+    "RR-BS, RR-Fast": "The robust radius in pixel units (0 black, 1 white): by a bracketing "
+    "search, and by one linear extrapolation.",
+    "RAT": "Training that moves the boundary away from right predictions only.",
+}
 SHOWN_IMAGES = 24
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of the demo. The defaults were chosen on the validation images of other splits.
+class Experiment:
+    """Networks to train. The defaults were chosen on the validation images of other splits.
 
     Those splits are of the same 1,797 images, so the choice of eps has seen some test images.
     """
@@ -61,25 +62,24 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One network on the test images of its seed."""
+class Network:
+    """A trained network on the test images of its seed."""
 
     loss: str
     seed: int
     images: datasets.Images
-    prediction: NDArray[np.int64]
-    correct: NDArray[np.bool_]
-    confidence: dict[str, NDArray[np.float64]]
-    forward_rows: dict[str, float]
-    metrics: dict[str, dict[str, float]]
-    """For each score: accuracy, aurc, auroc, fpr95; nan where undefined."""
+    evaluation: evaluation.Evaluation
+
+    def metrics(self, score: str) -> dict[str, float]:
+        """Of all test images."""
+        return self.evaluation.of(score).splits[0]
 
 
-def run(settings: Settings, *, progress: bool = True) -> list[Outcome]:
-    """Train and score all the networks.
+def run(experiment: Experiment, *, progress: bool = True) -> list[Network]:
+    """Train and evaluate all the networks.
 
     Args:
-        settings: seeds and recipe.
+        experiment: seeds and recipe.
         progress: show a tqdm bar on standard error.
 
     Raises:
@@ -88,220 +88,141 @@ def run(settings: Settings, *, progress: bool = True) -> list[Outcome]:
     """
     from tqdm.auto import tqdm
 
-    if not settings.seeds:
+    if not experiment.seeds:
         raise ValueError("seeds is empty; give at least one")
-    splits = [datasets.digits(settings.train_size, seed) for seed in settings.seeds]
+    parts = [datasets.digits(experiment.train_size, seed) for seed in experiment.seeds]
     tasks = [
-        (settings.recipe(loss, seed), parts)
-        for seed, parts in zip(settings.seeds, splits, strict=True)
+        (experiment.recipe(loss, seed), some)
+        for seed, some in zip(experiment.seeds, parts, strict=True)
         for loss in TRAININGS
     ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the images are so small that threads cost more than they bring
     try:
-        return [
-            _outcome(recipe, parts)
-            for recipe, parts in tqdm(tasks, desc="demo", unit="net", disable=not progress)
-        ]
+        bar = tqdm(tasks, desc="demo", unit="net", disable=not progress)
+        return [_network(recipe, some) for recipe, some in bar]
     finally:
         torch.set_num_threads(threads)
 
 
-def _outcome(recipe: training.Recipe, parts: datasets.Splits) -> Outcome:
+def _network(recipe: training.Recipe, parts: datasets.Splits) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = models.create("digits-cnn")
     training.train(model, parts.train, recipe, progress=False)
-    x, target = parts.test[:]
-    with torch.inference_mode():
-        prediction = model(x).argmax(1)
-    correct = prediction == target
-    used = {"msr": scores.MSR(), "rr-fast": RRFast(1.0), "rr-bs": RRBS(1.0)}
-    confidence = {name: score.score(model, x) for name, score in used.items()}
-    return Outcome(
-        loss=recipe.loss,
-        seed=recipe.seed,
-        images=parts.test,
-        prediction=prediction.numpy(),
-        correct=correct.numpy(),
-        confidence={name: values.double().numpy() for name, values in confidence.items()},
-        forward_rows={name: float(score.forward_rows) for name, score in used.items()},
-        metrics={name: _metrics(values, correct) for name, values in confidence.items()},
+    settings = evaluation.Settings(
+        tuple(SCORES), splits=1, validation_share=0, tune="none", batch_size=len(parts.test)
     )
+    found = evaluation.evaluate(model, parts.test, settings, progress=False)
+    return Network(recipe.loss, recipe.seed, parts.test, cast(evaluation.Evaluation, found))
 
 
-def _metrics(confidence: Tensor, correct: Tensor) -> dict[str, float]:
-    with warnings.catch_warnings():  # shown as undefined in the table
-        warnings.filterwarnings("ignore", "auroc is undefined|fpr_at_tpr is undefined")
-        return {
-            "accuracy": float(correct.double().mean()),
-            "aurc": metrics.aurc(confidence, correct),
-            "auroc": metrics.auroc(confidence, correct),
-            "fpr95": metrics.fpr_at_tpr(confidence, correct),
-        }
-
-
-def of(outcomes: Sequence[Outcome], loss: str) -> list[Outcome]:
+def of(networks: Sequence[Network], loss: str) -> list[Network]:
     """Those trained with this loss, in the order of the seeds."""
-    return [outcome for outcome in outcomes if outcome.loss == loss]
+    return [network for network in networks if network.loss == loss]
 
 
-def table(outcomes: Sequence[Outcome]) -> reports.Table:
+def table(networks: Sequence[Network]) -> reports.Table:
     """Means and standard deviations over the seeds."""
-    nets = [(loss, score) for loss in TRAININGS for score in SCORES]
-    columns = []
-    for metric, scale, larger_is_better in METRICS:
-        runs = [
-            [scale * outcome.metrics[score][metric] for outcome in of(outcomes, loss)]
-            for loss, score in nets
-        ]
-        columns.append(reports.with_best(list(map(reports.over_runs, runs)), larger_is_better))
-    costs = [
-        [outcome.forward_rows[score] for outcome in of(outcomes, loss)] for loss, score in nets
-    ]
-    columns.append([reports.Cell(float(np.mean(cost)), digits=1) for cost in costs])
-    rows = [
-        [TRAININGS[loss], SCORES[score], *(column[i] for column in columns)]
-        for i, (loss, score) in enumerate(nets)
-    ]
-    seeds = len(of(outcomes, "ce"))
+    cases = [(loss, score) for loss in TRAININGS for score in SCORES]
+    runs: dict[tuple[str, ...], list[dict[str, float]]] = {
+        (TRAININGS[loss], SCORES[score]): [each.metrics(score) for each in of(networks, loss)]
+        for loss, score in cases
+    }
+    rows = reports.rows_over_runs(runs, COLUMNS)
+    for row, (loss, score) in zip(rows, cases, strict=True):
+        costs = [each.evaluation.of(score).forward_rows for each in of(networks, loss)]
+        row.append(reports.Cell(float(np.mean(costs)), digits=1))
+    titles = [column.title for column in COLUMNS.values()]
     return reports.Table(
-        ["training", "score", "accuracy %", "AURC x1000", "AUROC %", "FPR@95TPR %", "forward rows"],
+        ["training", "score", *titles, "forward rows"],
         rows,
-        f"Mean{' ± standard deviation' if seeds > 1 else ''} over {seeds} "
-        f"{'seeds' if seeds > 1 else 'seed'}, {len(outcomes[0].correct):,} test images each.",
+        reports.over_runs_caption(len(of(networks, "ce")), "seed", len(networks[0].images)),
     )
 
 
-def verdict(outcomes: Sequence[Outcome]) -> str:
+def verdict(networks: Sequence[Network]) -> str:
     """What the AURCs say, in two sentences."""
-    plain, rat = of(outcomes, "ce"), of(outcomes, "rat")
+    plain, rat = of(networks, "ce"), of(networks, "rat")
 
-    def compared(score: str, than: str, left: Sequence[Outcome], right: Sequence[Outcome]) -> str:
-        pairs = zip(left, right, strict=True)
-        won = sum(a.metrics[score]["aurc"] < b.metrics[than]["aurc"] for a, b in pairs)
-        return f"in {won} of {len(left)} seeds"
+    def won(radius: Sequence[Network], softmax: Sequence[Network]) -> str:
+        pairs = zip(radius, softmax, strict=True)
+        lower = sum(a.metrics("rr-bs")["aurc"] < b.metrics("msr")["aurc"] for a, b in pairs)
+        return f"in {lower} of {len(radius)} seeds"
 
     return (
-        f"RAT with RR-BS has a lower AURC than plain training with MSR "
-        f"{compared('rr-bs', 'msr', rat, plain)}. With the same network, RR-BS has a lower AURC "
-        f"than MSR {compared('rr-bs', 'msr', plain, plain)} after plain training and "
-        f"{compared('rr-bs', 'msr', rat, rat)} after RAT."
+        f"RAT with RR-BS has a lower AURC than plain training with MSR {won(rat, plain)}. With the "
+        f"same network, RR-BS has a lower AURC than MSR {won(plain, plain)} after plain training "
+        f"and {won(rat, rat)} after RAT."
     )
 
 
-def write(settings: Settings, outcomes: Sequence[Outcome], seconds: float, out: Path) -> None:
+def write(experiment: Experiment, networks: Sequence[Network], seconds: float, out: Path) -> None:
     """Write index.html, results.json and overview.png into the folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    results = _json(settings, outcomes, seconds)
-    (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    (out / "index.html").write_text(_page(settings, outcomes, seconds), encoding="utf-8")
-    figure = reports.draw(_panels(outcomes)[1:], (9.6, 3.6), ink="#1d2733")
-    figure.savefig(out / "overview.png", dpi=110, facecolor="white")
-
-
-def _json(settings: Settings, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
-    return {
+    results = {
         "rat_ext": __version__,
         "torch": torch.__version__,
-        "settings": asdict(settings),
-        "recipe": asdict(settings.recipe("rat", settings.seeds[0])),
-        "test_images": len(outcomes[0].correct),
+        "settings": asdict(experiment),
+        "recipe": asdict(experiment.recipe("rat", experiment.seeds[0])),
+        "test_images": len(networks[0].images),
         "seconds": round(seconds, 1),
         "runs": [
             {
-                "training": outcome.loss,
-                "seed": outcome.seed,
+                "training": network.loss,
+                "seed": network.seed,
                 "score": score,
-                **{
-                    name: None if math.isnan(value) else value
-                    for name, value in outcome.metrics[score].items()
-                },
-                "forward_rows": outcome.forward_rows[score],
+                **network.metrics(score),
+                "forward_rows": network.evaluation.of(score).forward_rows,
             }
-            for outcome in outcomes
+            for network in networks
             for score in SCORES
         ],
     }
+    reports.write_report(out, results, _page(experiment, networks, seconds))
+    curves = _curves(networks)
+    panels = reports.radius_histograms(_radii(networks))[1:]
+    panels.append(lambda axes: reports.risk_coverage(axes, curves))
+    figure = reports.draw(panels, (9.6, 3.6), ink="#1d2733")
+    figure.savefig(out / "overview.png", dpi=110, facecolor="white")
 
 
-def _panels(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Histogram of the plain networks, of the RAT networks, and risk-coverage curves."""
-    pooled = {}
-    for loss in TRAININGS:
-        some = of(outcomes, loss)
-        radius = np.concatenate([outcome.confidence["rr-bs"] for outcome in some])
-        pooled[loss] = radius, np.concatenate([outcome.correct for outcome in some])
-    finite = np.concatenate([radius for radius, _ in pooled.values()])
-    finite = finite[np.isfinite(finite)]
-    end = float(np.quantile(finite, 0.995)) if len(finite) else 1.0
-    curves = {
-        f"{TRAININGS[loss]}, {SCORES[score]}": [
-            metrics.risk_coverage_curve(outcome.confidence[score], outcome.correct)
-            for outcome in of(outcomes, loss)
+def _radii(networks: Sequence[Network]) -> dict[str, reports.Radii]:
+    """The radii of all test images, for each training."""
+    radii = {}
+    for loss, title in TRAININGS.items():
+        found = [network.evaluation for network in of(networks, loss)]
+        radius = torch.cat([each.of("rr-bs").confidences[0] for each in found]).double().numpy()
+        correct = torch.cat([each.correct for each in found]).numpy()
+        radii[f"Radii (RR-BS), {title} training"] = radius, correct
+    return radii
+
+
+def _curves(networks: Sequence[Network]) -> dict[str, list[metrics.RiskCoverage]]:
+    """The risk-coverage curves of the seeds, for each training, of MSR and RR-BS."""
+    return {
+        f"{title}, {SCORES[score]}": [
+            each.evaluation.curves(score)[0] for each in of(networks, loss)
         ]
-        for loss, score in (("ce", "msr"), ("ce", "rr-bs"), ("rat", "msr"), ("rat", "rr-bs"))
+        for loss, title in TRAININGS.items()
+        for score in ("msr", "rr-bs")
     }
 
-    def histogram(loss: str) -> Any:
-        title = f"Radii (RR-BS), {TRAININGS[loss]} training"
-        return lambda axes: reports.radius_histogram(axes, *pooled[loss], title, end)
 
-    return [
-        histogram("ce"),
-        histogram("rat"),
-        lambda axes: reports.risk_coverage(axes, curves),
-    ]
-
-
-def _page(settings: Settings, outcomes: Sequence[Outcome], seconds: float) -> str:
-    seeds = len(settings.seeds)
-    panels = _panels(outcomes)
-    shown = of(outcomes, "rat")[0]
-    infinite = sum(int(np.isinf(outcome.confidence["rr-bs"]).sum()) for outcome in outcomes)
+def _page(experiment: Experiment, networks: Sequence[Network], seconds: float) -> str:
+    shown = of(networks, "rat")[0]
     return reports.page(
         "Catching wrong predictions by their robust radius",
         [
             '<p class="lead">A prediction close to the decision boundary is a doubtful one. Here a '
             "small network reads handwritten digits; the distance of each image from the boundary, "
             "its <em>robust radius</em>, tells which predictions to trust.</p>",
-            f"<p>{verdict(outcomes)}</p>",
+            f"<p>{verdict(networks)}</p>",
             "<h2>Scores</h2>",
-            table(outcomes).html(),
+            table(networks).html(),
             "<h2>How to read it</h2>",
-            reports.definitions(
-                {
-                    "accuracy": "Share of right predictions, without rejecting any.",
-                    "AURC": "Area under the risk-coverage curve, times 1000: the error rate among "
-                    "the most trusted predictions, averaged over how many are accepted. Lower is "
-                    "better. A score without information has the error rate.",
-                    "AUROC": "Chance that a right prediction is trusted more than a wrong one. "
-                    "Higher is better; 50 % is guessing.",
-                    "FPR@95TPR": "Share of the wrong predictions that are accepted where 95 % of "
-                    "the right ones are. Lower is better.",
-                    "forward rows": "Cost of a score: passes of one image through the network. The "
-                    "radii take one backward pass on top.",
-                    "MSR": "Maximum softmax response: the probability of the predicted class.",
-                    "RR-BS, RR-Fast": "The robust radius in pixel units (0 black, 1 white): by a "
-                    "bracketing search, and by one linear extrapolation.",
-                    "RAT": "Training that moves the boundary away from right predictions only.",
-                }
-            ),
-            "<h2>Risk and coverage</h2>",
-            reports.html_figure(
-                reports.draw(panels[2:], (9.2, 3.9)),
-                "Risk-coverage curves of both trainings with MSR and RR-BS",
-                "The error rate (risk) among the predictions that are accepted, most trusted "
-                f"first. Mean{' and standard deviation' if seeds > 1 else ''} over the seeds.",
-            ),
-            "<h2>Radii of right and wrong predictions</h2>",
-            reports.html_figure(
-                reports.draw(panels[:2], (9.2, 3.5)),
-                "Histograms of the robust radii of right and wrong predictions",
-                "All seeds together. The less the two kinds overlap, the better the radius tells "
-                "them apart. The largest 0.5 % of the radii are in the last bin. Left out, because "
-                f"no change was found up to radius 1: {infinite:,}.",
-            ),
+            reports.definitions(MEANINGS),
+            reports.risk_section(_curves(networks), "seeds"),
+            reports.radius_section(_radii(networks), "all seeds together"),
             "<h2>The most doubtful images</h2>",
             f"<p>The {SHOWN_IMAGES} test images of smallest radius (RR-BS, RAT training, seed "
             f"{shown.seed}). Wrong predictions have a frame.</p>",
@@ -309,9 +230,9 @@ def _page(settings: Settings, outcomes: Sequence[Outcome], seconds: float) -> st
             "<h2>How it was made</h2>",
             f'<p class="soft">rat_ext {__version__}, torch {torch.__version__}, '
             f"{seconds:.0f} s. scikit-learn's digits, 8x8 pixels: for each seed another random "
-            f"split with {settings.train_size} images to train on, and another initial network, "
-            f"the same for both trainings. {settings.epochs} epochs of AdamW; RAT with eps "
-            f"{settings.eps:g} and lambda {settings.lam:g}, chosen by RAT's validation "
+            f"split with {experiment.train_size} images to train on, and another initial network, "
+            f"the same for both trainings. {experiment.epochs} epochs of AdamW; RAT with eps "
+            f"{experiment.eps:g} and lambda {experiment.lam:g}, chosen by RAT's validation "
             "AURC on other random splits of the same images, which may favour RAT a little; radii "
             "at temperature 1. All numbers of the table, for each seed, are in "
             "<code>results.json</code>.</p>",
@@ -319,29 +240,29 @@ def _page(settings: Settings, outcomes: Sequence[Outcome], seconds: float) -> st
     )
 
 
-def _most_doubtful(outcome: Outcome) -> list[reports.Picture]:
-    radius, classes = outcome.confidence["rr-bs"], outcome.images.classes
-    pictures = []
+def _most_doubtful(network: Network) -> list[reports.Picture]:
+    found, classes, pictures = network.evaluation, network.images.classes, []
+    radius = found.of("rr-bs").confidences[0].numpy()
     for i in np.argsort(radius, kind="stable")[:SHOWN_IMAGES]:
-        x, target = outcome.images[int(i)]
+        x, target = network.images[int(i)]
         pictures.append(
             reports.Picture(
                 pixels=x.numpy(),
-                heading=f"predicted {classes[outcome.prediction[i]]}",
+                heading=f"predicted {classes[found.prediction[i]]}",
                 lines=[f"true {classes[int(target)]}", f"radius {radius[i]:.4f}"],
-                wrong=not outcome.correct[i],
+                wrong=not found.correct[i],
             )
         )
     return pictures
 
 
-def main(settings: Settings, out: Path, *, progress: bool = True) -> None:
+def main(experiment: Experiment, out: Path, *, progress: bool = True) -> None:
     """Run the demo, print its table, and write its report into the folder."""
     start = time.perf_counter()
-    outcomes = run(settings, progress=progress)
+    networks = run(experiment, progress=progress)
     seconds = time.perf_counter() - start
-    result = table(outcomes)
-    print(f"\n{result.text()}\n\n{result.caption} A star marks the best of a column.")
-    print(verdict(outcomes))
-    write(settings, outcomes, seconds, out)
+    shown = table(networks)
+    print(f"\n{shown.text()}\n\n{shown.caption} A star marks the best of a column.")
+    print(verdict(networks))
+    write(experiment, networks, seconds, out)
     print(f"\nReport: {out / 'index.html'}")

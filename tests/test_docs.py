@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from rat_ext import datasets, models, training
-from rat_ext.scores import base as scores
+from rat_ext.scores import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -45,7 +45,7 @@ def reader() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def own_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "_registry", dict(scores._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
 
 
 def test_pages_are_found() -> None:

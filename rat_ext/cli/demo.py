@@ -29,11 +29,11 @@ def add(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    settings = demo.Settings(
+    experiment = demo.Experiment(
         seeds=tuple(options.seeds),
         train_size=options.train_size,
         epochs=options.epochs,
         eps=options.eps,
         lam=options.lam,
     )
-    demo.main(settings, options.out)
+    demo.main(experiment, options.out)

@@ -9,7 +9,8 @@ is to be kept. A target risk is guaranteed in the sense of Geifman and El-Yaniv,
 Classification for Deep Neural Networks" (NeurIPS 2017): see `Detector.fit`.
 """
 
+from ..scores.cascade import CascadeReport
 from .detector import Detector
-from .fit_report import CascadeReport, Decision, DetectorReport
+from .fit_report import Decision, DetectorReport
 
 __all__ = ["CascadeReport", "Decision", "Detector", "DetectorReport"]

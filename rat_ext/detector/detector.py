@@ -1,20 +1,9 @@
-"""A gate for predictions: which of a classifier's predictions to act on.
-
-    detector = Detector.fit(model, held_out_loader, "rr-bs", target_risk=0.05)
-    out = detector(x)
-    out.prediction[out.accepted]  # at most 5 % of these are wrong
-
-The threshold is chosen on held-out data by a risk, a coverage or a share of right predictions that
-is to be kept. A target risk is guaranteed in the sense of Geifman and El-Yaniv, "Selective
-Classification for Deep Neural Networks" (NeurIPS 2017): see `Detector.fit`.
-"""
+"""The detector: how it is fitted, and how it decides."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._common.loaders import labelled_batches
-from .._common.storage import fingerprint, write_whole
+from .._common.storage import fingerprint
 from .._common.user_model import Model
 from ..scores.base import Score
-from ..scores.cascade import Cascade, own
-from .file import (
-    _EXTRA,
-    _KEY,
-    _VERSION,
-    _check_fingerprint,
-    _packed,
-    _unpacked,
-    require_safetensors,
-)
-from .fit_report import CascadeReport, Decision, DetectorReport
+from ..scores.registry import as_score
+from . import file
+from .fit_report import Decision, DetectorReport
 from .held_out import Split
 from .threshold import Rule, upper_bound
 
@@ -120,7 +101,8 @@ class Detector:
                 ``.logits``.
             loader: yields (x, target, ...) that the model was not trained on; the same in every
                 pass, unless the score needs no fit. A target of -1 is never predicted right.
-            score: a name in `rat_ext.scores.names()`, a score, or a `Cascade`. It is copied.
+            score: a score, which is copied, or the name of one: in `rat_ext.scores.names()`, or
+                "cascade" for a `Cascade` with its defaults.
             target_risk: error rate of the accepted predictions, in (0, 1).
             coverage: share of the samples to accept at least, in (0, 1].
             tpr: share of the right predictions to accept at least, in (0, 1], as in FPR@95TPR.
@@ -140,45 +122,29 @@ class Detector:
         if not 0 < tune_share < 1:
             raise ValueError(f"tune_share is {tune_share}; it must be between 0 and 1")
         _require_libraries(calibrate)
-        score = own(score)
+        score = as_score(score)
         held_out, tuned_on = loader, 0
         if score.needs_fit:
             split = Split(loader, tune_share, seed)
             held_out = split.rest
-            score.fit(model, split.tune, progress=progress)
-            if isinstance(score, Cascade):
-                ratio = (1 - tune_share) / tune_share
-                score.fit_band(
-                    model,
-                    split.tune,
-                    lambda confidence, right: rule.anticipate(confidence, right, ratio),
-                    progress=progress,
-                )
+            ratio = (1 - tune_share) / tune_share
+
+            def anticipated(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
+                return rule.anticipate(confidence, right, ratio)
+
+            score.fit_to_threshold(model, split.tune, anticipated, progress=progress)
             tuned_on = split.tune.samples
-        alone = own(score.expensive) if isinstance(score, Cascade) else None
-        batches, alone_batches = [], []
+        audit = score.audit()
+        batches = []
         for x, target in labelled_batches(model, held_out, progress, "fit Detector"):
             values, prediction = score.score_and_predict(model, x)
             batches.append((values.cpu(), (prediction == target).cpu()))
-            if alone is not None:
-                alone_batches.append(alone.score(model, x).cpu())
+            if audit is not None:
+                audit.see(model, x)
         confidences, rights = zip(*batches, strict=True)
         confidence = torch.cat(confidences).double().numpy()
         right = torch.cat(rights).numpy() & ~np.isnan(confidence)
         threshold = rule.choose(confidence, right)
-        cascade = None
-        if alone is not None:
-            changed = (confidence >= threshold.value) != (
-                torch.cat(alone_batches).double().numpy() >= threshold.value
-            )
-            cascade = CascadeReport(
-                examined=score.examined,
-                changed=float(changed.mean()),
-                forward_rows=score.forward_rows,
-                backward_rows=score.backward_rows,
-                expensive_forward_rows=alone.forward_rows,
-                expensive_backward_rows=alone.backward_rows,
-            )
         samples = len(confidence)
         report = DetectorReport(
             criterion=rule.criterion,
@@ -192,7 +158,7 @@ class Detector:
             errors=threshold.errors,
             coverage_bound=1 - float(upper_bound(samples - threshold.accepted, samples, delta)),
             risk_bound=threshold.risk_bound,
-            cascade=cascade,
+            cascade=None if audit is None else audit.report(confidence, threshold.value),
         )
         steps = _isotonic(confidence, right) if calibrate else None
         known = fingerprint(model) if isinstance(model, nn.Module) else None
@@ -233,20 +199,7 @@ class Detector:
             ValueError: the score cannot be saved; says why.
             ImportError: safetensors is not installed.
         """
-        save_file = require_safetensors().torch.save_file
-        tensors: dict[str, Tensor] = {}
-        header = {
-            "version": _VERSION,
-            "fingerprint": self._fingerprint,
-            "score": _packed(self.score, "score", tensors),
-            # As text: it may be infinite, for which JSON has no number.
-            "report": {**asdict(self.report), "threshold": str(self.threshold)},
-        }
-        if self._steps is not None:
-            tensors["probability.starts"], tensors["probability.values"] = self._steps
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        metadata = {_KEY: json.dumps(header, allow_nan=False)}
-        write_whole(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+        file.write(Path(path), file.Saved(self.score, self.report, self._steps, self._fingerprint))
 
     @classmethod
     def load(cls, path: str | Path, model: Model, *, strict: bool = True) -> Detector:
@@ -265,36 +218,12 @@ class Detector:
                 registered.
             ImportError: safetensors is not installed.
         """
-        safetensors = require_safetensors()
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no detector {path}")
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-        if _KEY not in metadata:
-            raise ValueError(f"{path} is not a detector; Detector.save writes them")
-        header = json.loads(metadata[_KEY])
-        if header["version"] != _VERSION:
-            raise ValueError(
-                f"{path} has version {header['version']} of the format, this rat_ext reads "
-                f"{_VERSION}; fit the detector again"
-            )
-        known = header["fingerprint"]
+        saved = file.read(Path(path))
         if strict:
-            _check_fingerprint(path, known, model)
-        report = header["report"]
-        report["threshold"] = float(report["threshold"])
-        if report["cascade"] is not None:
-            report["cascade"] = CascadeReport(**report["cascade"])
-        steps = None
-        if "probability.starts" in tensors:
-            steps = tensors["probability.starts"], tensors["probability.values"]
-        score = _unpacked(header["score"], "score", tensors)
-        return cls(model, score, DetectorReport(**report), steps, model_fingerprint=known)
+            file.check_fingerprint(Path(path), saved.fingerprint, model)
+        return cls(
+            model, saved.score, saved.report, saved.steps, model_fingerprint=saved.fingerprint
+        )
 
 
 def _isotonic(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
@@ -318,4 +247,6 @@ def _require_libraries(calibrate: bool) -> None:
         if calibrate:
             import sklearn.isotonic  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"fitting a detector needs scipy and scikit-learn: {_EXTRA}") from error
+        raise ImportError(
+            f"fitting a detector needs scipy and scikit-learn: {file.INSTALL}"
+        ) from error

@@ -1,83 +1,110 @@
-"""A detector as one .safetensors file."""
+"""The format of a detector's .safetensors file.
+
+The tensors are those of the score and of the calibration; all else is JSON in the header.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .. import scores
-from .._common.storage import fingerprint
+from .._common.storage import fingerprint, write_whole
 from .._common.user_model import Model
-from ..scores.base import Score
-from ..scores.cascade import Cascade
+from ..scores.base import Score, comes_with
+from ..scores.cascade import CascadeReport
+from ..scores.registry import kind_of, name_of
+from .fit_report import DetectorReport
 
-_KEY, _VERSION = "rat_ext.detector", 1  # of the metadata in a detector's file
-_EXTRA = "pip install 'rat-ext[detector]'"
+KEY, VERSION = "rat_ext.detector", 2  # of the metadata
+INSTALL = "pip install 'rat-ext[detector]'"
 
 
-def _packed(score: Score, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The score as values for JSON; its tensors are put under the prefix."""
-    if isinstance(score, Cascade):
-        parts = {
-            name: _packed(getattr(score, name), f"{prefix}.{name}", tensors)
-            for name in ("cheap", "expensive")
-        }
-        return {**parts, "band": list(map(str, score.band)), "max_changed": score.max_changed}
-    kind, name = type(score), scores.name_of(score)
-    if name is None:
-        raise ValueError(
-            f"a {kind.__name__} cannot be saved: its class is not registered; put "
-            "@rat_ext.scores.register(name) above it"
-        )
+class Saved(NamedTuple):
+    """What is kept of a detector."""
+
+    score: Score
+    report: DetectorReport
+    steps: tuple[Tensor, Tensor] | None
+    """Of the calibration."""
+    fingerprint: str | None
+    """Of the model's weights."""
+
+
+def require_safetensors() -> Any:
+    """The module that detectors are saved with."""
     try:
-        for method in ("__init__", "fit"):
-            if not issubclass(_definer(kind, "state"), _definer(kind, method)):
-                raise TypeError(f"{kind.__name__} defines {method}(), but not state() with it")
-        state = score.state()
-        values = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
-        json.dumps(values, allow_nan=False)
-        kind.from_state(state)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the score {name!r} cannot be saved: {error}. Let {kind.__name__}.state() return "
-            "tensors, and values that JSON has, from which from_state() makes the fitted score"
-        ) from error
-    tensors.update({f"{prefix}.{key}": state[key] for key in state.keys() - values.keys()})
-    return {"name": name, "state": values}
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"saving and loading a detector needs safetensors: {INSTALL}") from error
+    return safetensors
 
 
-def _unpacked(packed: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> Score:
-    if "band" in packed:
-        parts = {
-            name: _unpacked(packed[name], f"{prefix}.{name}", tensors)
-            for name in ("cheap", "expensive")
-        }
-        cascade = Cascade(**parts, max_changed=packed["max_changed"])
-        low, high = map(float, packed["band"])
-        cascade.band = low, high
-        return cascade
-    name = packed["name"]
-    if name not in scores.names():
-        raise ValueError(
-            f"no score is named {name!r}; import the module that registers it before loading"
-        )
-    held = {
-        key.removeprefix(f"{prefix}."): value
-        for key, value in tensors.items()
-        if key.startswith(f"{prefix}.")
+def write(path: Path, saved: Saved) -> None:
+    """Write the file, whole or not at all.
+
+    Raises:
+        ValueError: the score cannot be saved; says why.
+        ImportError: safetensors is not installed.
+    """
+    save_file = require_safetensors().torch.save_file
+    tensors: dict[str, Tensor] = {}
+    header = {
+        "version": VERSION,
+        "fingerprint": saved.fingerprint,
+        "score": _packed(saved.score, "score", tensors),
+        # As text: it may be infinite, for which JSON has no number.
+        "report": {**asdict(saved.report), "threshold": str(saved.report.threshold)},
     }
-    return scores._registry[name].from_state({**packed["state"], **held})
+    if saved.steps is not None:
+        tensors["probability.starts"], tensors["probability.values"] = saved.steps
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata = {KEY: json.dumps(header, allow_nan=False)}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def _definer(kind: type, method: str) -> type:
-    """The class that a method of `kind` comes from."""
-    return next(cls for cls in kind.__mro__ if method in vars(cls))
+def read(path: Path) -> Saved:
+    """Read what `write` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a detector, or has a score that is not registered.
+        ImportError: safetensors is not installed.
+    """
+    safetensors = require_safetensors()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no detector {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if KEY not in metadata:
+        raise ValueError(f"{path} is not a detector; Detector.save writes them")
+    header = json.loads(metadata[KEY])
+    if header["version"] not in (1, VERSION):
+        raise ValueError(
+            f"{path} has version {header['version']} of the format, this rat_ext reads up to "
+            f"{VERSION}; fit the detector again"
+        )
+    report = header["report"]
+    report["threshold"] = float(report["threshold"])
+    if report["cascade"] is not None:
+        report["cascade"] = CascadeReport(**report["cascade"])
+    steps = None
+    if "probability.starts" in tensors:
+        steps = tensors["probability.starts"], tensors["probability.values"]
+    packed = header["score"] if header["version"] > 1 else _from_version_1(header["score"])
+    score = _unpacked(packed, "score", tensors)
+    return Saved(score, DetectorReport(**report), steps, header["fingerprint"])
 
 
-def _check_fingerprint(path: Path, known: str | None, model: Model) -> None:
+def check_fingerprint(path: Path, known: str | None, model: Model) -> None:
+    """Raise if the model's weights are not those that the detector was fitted on."""
     escape = "pass strict=False if you know that it is the same"
     if known is None or not isinstance(model, nn.Module):
         raise ValueError(
@@ -92,10 +119,58 @@ def _check_fingerprint(path: Path, known: str | None, model: Model) -> None:
         )
 
 
-def require_safetensors() -> Any:
-    """The module that detectors are saved with."""
+def _packed(score: Score, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The score as values for JSON; its tensors, and those of its parts, go under the prefix."""
+    kind, name = type(score), name_of(score)
+    if name is None:
+        raise ValueError(
+            f"a {kind.__name__} cannot be saved: its class is not registered; put "
+            "@rat_ext.scores.register(name) above it"
+        )
     try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(f"saving and loading a detector needs safetensors: {_EXTRA}") from error
-    return safetensors
+        for method in ("__init__", "fit"):
+            if not comes_with(kind, "state", method):
+                raise TypeError(f"{kind.__name__} defines {method}(), but not state() with it")
+        state = score.state()
+        parts = {key: value for key, value in state.items() if isinstance(value, Score)}
+        own_tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        values = {key: state[key] for key in state if key not in parts and key not in own_tensors}
+        json.dumps(values, allow_nan=False)
+        kind.from_state(state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the score {name!r} cannot be saved: {error}. Let {kind.__name__}.state() return "
+            "tensors, scores, and values that JSON has, from which from_state() makes the fitted "
+            "score"
+        ) from error
+    tensors.update({f"{prefix}.{key}": value for key, value in own_tensors.items()})
+    packed = {key: _packed(part, f"{prefix}.{key}", tensors) for key, part in parts.items()}
+    return {"name": name, "state": values, "parts": packed}
+
+
+def _unpacked(packed: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> Score:
+    try:
+        kind = kind_of(packed["name"])
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; if it is yours, import the module that registers it before loading"
+        ) from error
+    parts = {
+        key: _unpacked(part, f"{prefix}.{key}", tensors) for key, part in packed["parts"].items()
+    }
+    elsewhere = tuple(f"{prefix}.{key}." for key in parts)
+    held = {
+        name.removeprefix(f"{prefix}."): value
+        for name, value in tensors.items()
+        if name.startswith(f"{prefix}.") and not name.startswith(elsewhere)
+    }
+    return kind.from_state({**packed["state"], **parts, **held})
+
+
+def _from_version_1(packed: dict[str, Any]) -> dict[str, Any]:
+    """The score of a file of version 1, in which a cascade had neither name nor state."""
+    if "band" not in packed:
+        return {**packed, "parts": {}}
+    parts = {key: _from_version_1(packed[key]) for key in ("cheap", "expensive")}
+    state = {key: packed[key] for key in ("band", "max_changed")}
+    return {"name": "cascade", "state": state, "parts": parts}

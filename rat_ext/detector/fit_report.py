@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..scores.cascade import CascadeReport
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -24,23 +26,6 @@ class Decision:
 
     def __len__(self) -> int:
         return len(self.prediction)
-
-
-@dataclass(frozen=True)
-class CascadeReport:
-    """What a `Cascade` saved on the held-out data, per sample."""
-
-    examined: float
-    """Share of the samples that the expensive score was needed for."""
-    changed: float
-    """Share of the samples decided otherwise than by the expensive score alone, at the same
-    threshold."""
-    forward_rows: float
-    """Rows through the model forward that the cascade takes."""
-    backward_rows: float
-    expensive_forward_rows: float
-    """Rows that the expensive score alone takes."""
-    expensive_backward_rows: float
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, cast
 
 import torch
 from torch.utils.data import RandomSampler
@@ -63,7 +63,7 @@ class _Part:
         """Counted in the last pass."""
 
     def __len__(self) -> int:
-        return len(self.split.loader)
+        return len(cast(Sized, self.split.loader))
 
     def __iter__(self) -> Iterator[Any]:
         self.samples = 0

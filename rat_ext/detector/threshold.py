@@ -116,7 +116,7 @@ class Rule:
                 f"{total - counts[-1]} of {total} held-out samples is nan"
             )
         bound = upper_bound(candidates.errors[index], candidates.accepted[index], self.delta)
-        return candidates.at(index, bound)
+        return candidates.at(index, float(bound))
 
     def _guaranteed(self, candidates: Candidates) -> Threshold:
         """The laxest threshold that is certified to have the target risk."""

@@ -1,7 +1,21 @@
-"""How well confidence scores find a classifier's wrong predictions, over random splits."""
+"""How well confidence scores find a classifier's wrong predictions, over random splits.
+
+`evaluate` fits and tests the scores, and keeps on disk what it computes; `table`, `costs` and
+`write` report.
+"""
 
 from .evaluate import Evaluation, Result, evaluate
-from .report import COLUMNS, costs, table, write
+from .report import COLUMNS, MEANINGS, costs, table, write
 from .settings import Settings
 
-__all__ = ["COLUMNS", "Evaluation", "Result", "Settings", "costs", "evaluate", "table", "write"]
+__all__ = [
+    "COLUMNS",
+    "MEANINGS",
+    "Evaluation",
+    "Result",
+    "Settings",
+    "costs",
+    "evaluate",
+    "table",
+    "write",
+]

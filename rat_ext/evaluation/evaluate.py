@@ -1,11 +1,13 @@
-"""How well confidence scores find a classifier's wrong predictions, over random splits."""
+"""Fitting and testing scores over random splits, and what comes of it."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,8 +16,9 @@ from torch.utils.data import Dataset
 
 from .. import metrics, scores
 from .._common.user_model import logits_of, undisturbed
+from .cache import Cache, identity_of
 from .settings import Settings
-from .work import _Cache, _chosen, _fingerprint, _Work
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,23 @@ class Evaluation:
         """(N,) bool."""
         return self.prediction == self.target
 
+    def of(self, name: str) -> Result:
+        """The result of a score."""
+        return next(result for result in self.results if result.name == name)
+
+    def curves(self, name: str) -> list[metrics.RiskCoverage]:
+        """The risk-coverage curve of a score in each split."""
+        return [
+            metrics.risk_coverage_curve(_trust(confidence[test]), self.correct[test])
+            for confidence, test in zip(self.of(name).confidences, self.tests, strict=True)
+        ]
+
 
 def evaluate(
     model: nn.Module,
-    data: Dataset,
+    data: Dataset[Any],
     settings: Settings,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     resume: bool = False,
     workers: int = 0,
@@ -69,9 +83,11 @@ def evaluate(
 
     Args:
         model: from pixels in [0, 1] to logits, on its device; run in eval mode, left as it was.
-        data: gives (pixels, class) pairs. Targets of -1 (outliers) are never predicted right.
+        data: gives (pixels, class) pairs, and has a length. Targets of -1 (outliers) are never
+            predicted right.
         settings: which scores, and how.
-        out: folder of the cache; the same for all processes.
+        out: folder of the cache; the same for all processes. None: nothing is kept, for a single
+            process.
         resume: go on with the cache of the same model, data and settings.
         workers: processes that load data.
         progress: show a tqdm bar on standard error.
@@ -80,21 +96,26 @@ def evaluate(
         The evaluation; None in the processes of torch.distributed other than the first.
 
     Raises:
-        ValueError: the cache is of something else, or there are too few images.
+        ValueError: the cache is of something else, or missing; there are too few images.
     """
-    validation = round(settings.validation_share * len(data))
-    if not 0 < validation < len(data):
-        raise ValueError(f"{len(data)} images are too few to split; use more")
+    images = len(cast(Sized, data))
+    validation = round(settings.validation_share * images)
+    if validation >= images or (settings.validation_share and not validation):
+        raise ValueError(f"{images} images are too few to split; use more")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    cache = _Cache(Path(out) / "cache")
-    if rank == 0:
-        cache.open(_fingerprint(model, data, settings), resume)
-    if world > 1:
-        dist.barrier()
+    cache: Cache | dict[str, list[Tensor]] = {}
+    if out is not None:
+        cache = Cache(Path(out) / "cache")
+        if rank == 0:
+            cache.open(identity_of(model, data, images, settings), resume)
+        if world > 1:
+            dist.barrier()
+    elif resume or world > 1:
+        raise ValueError("to resume, or to share the work among processes, give the folder out")
     generator = torch.Generator().manual_seed(settings.seed)
-    orders = [torch.randperm(len(data), generator=generator) for _ in range(settings.splits)]
+    orders = [torch.randperm(images, generator=generator) for _ in range(settings.splits)]
     splits = [order.tensor_split([validation]) for order in orders]
-    work = _Work(model, data, settings, cache, workers, progress, rank, world)
+    work = Work(model, data, images, settings, cache, workers, progress, rank, world)
     logits, target = work.over_data("logits", _logits)
     prediction = logits.argmax(1)
     correct = prediction == target
@@ -107,19 +128,22 @@ def evaluate(
             _summary(confidence[test], correct[test])
             for confidence, (_, test) in zip(confidences, splits, strict=True)
         ]
-        chosen = [_chosen(score) for score in fitted]
-        results.append(Result(name, rows, chosen, confidences, *work.cost(name, fitted[0])))
+        chosen = [str(score.setting or "") for score in fitted]
+        results.append(Result(name, rows, chosen, confidences, *work.cost(fitted[0])))
     if rank:
         return None
     return Evaluation(settings, prediction, target, [test for _, test in splits], results)
 
 
+def _trust(confidence: Tensor) -> Tensor:
+    """An image whose confidence is not a number is trusted least."""
+    return confidence.nan_to_num(-math.inf, math.inf, -math.inf)
+
+
 def _summary(confidence: Tensor, correct: Tensor) -> dict[str, float]:
     with warnings.catch_warnings():  # shown as undefined in the table
         warnings.filterwarnings("ignore", ".* is undefined and set to nan")
-        # An image whose confidence is not a number is trusted least.
-        confidence = confidence.nan_to_num(-math.inf, math.inf, -math.inf)
-        return metrics.summary(confidence, correct)
+        return cast("dict[str, float]", metrics.summary(_trust(confidence), correct))
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:

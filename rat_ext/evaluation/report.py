@@ -3,54 +3,53 @@
 from __future__ import annotations
 
 import csv
-import json
-import math
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .. import metrics, reports
+from .. import reports
 from .._core import __version__
-from .evaluate import Evaluation, Result
+from .evaluate import Evaluation
 
 COLUMNS = {
-    "aurc": ("AURC x1000", 1000, False),
-    "e_aurc": ("E-AURC x1000", 1000, False),
-    "auroc": ("AUROC %", 100, True),
-    "aupr_success": ("AUPR-s %", 100, True),
-    "aupr_error": ("AUPR-e %", 100, True),
-    "fpr95": ("FPR@95TPR %", 100, False),
+    "aurc": reports.Column("AURC x1000", 1000, False),
+    "e_aurc": reports.Column("E-AURC x1000", 1000, False),
+    "auroc": reports.Column("AUROC %", 100, True),
+    "aupr_success": reports.Column("AUPR-s %", 100, True),
+    "aupr_error": reports.Column("AUPR-e %", 100, True),
+    "fpr95": reports.Column("FPR@95TPR %", 100, False),
 }
 """For each metric of the table: its title, its scale in print, and larger is better."""
+MEANINGS = {
+    "AURC": "Area under the risk-coverage curve, times 1000: the error rate among the most trusted "
+    "predictions, averaged over how many are accepted. Lower is better. A score without "
+    "information has the error rate.",
+    "E-AURC": "AURC less that of the best possible order. Lower is better.",
+    "AUROC": "Chance that a right prediction is trusted more than a wrong one. Higher is better; "
+    "50 % is guessing.",
+    "AUPR-s, AUPR-e": "Average precision at finding the right (success) and the wrong predictions "
+    "(error). Higher is better.",
+    "FPR@95TPR": "Share of the wrong predictions that are accepted where 95 % of the right ones "
+    "are. Lower is better.",
+}
+"""Of the metrics, for the reader of a report."""
 
 
 def table(evaluation: Evaluation) -> reports.Table:
     """Means and standard deviations over the splits."""
-    columns = []
-    for metric, (_, scale, larger_is_better) in COLUMNS.items():
-        runs = [[scale * row[metric] for row in result.splits] for result in evaluation.results]
-        columns.append(reports.with_best(list(map(reports.over_runs, runs)), larger_is_better))
-    rows = [
-        [result.name, *(column[i] for column in columns)]
-        for i, result in enumerate(evaluation.results)
-    ]
-    splits, images = len(evaluation.tests), len(evaluation.tests[0])
+    tests = evaluation.tests
     return reports.Table(
-        ["score", *(title for title, _, _ in COLUMNS.values())],
-        rows,
-        f"Mean{' ± standard deviation' if splits > 1 else ''} over {splits} random "
-        f"{'splits' if splits > 1 else 'split'}, {images:,} test images each.",
+        ["score", *(column.title for column in COLUMNS.values())],
+        reports.rows_over_runs({(r.name,): r.splits for r in evaluation.results}, COLUMNS),
+        reports.over_runs_caption(len(tests), "random split", len(tests[0])),
     )
 
 
 def costs(evaluation: Evaluation) -> reports.Table:
     """What an image costs, and what was chosen in the splits."""
-    rows = [
+    rows: list[list[str | reports.Cell]] = [
         [
             result.name,
             reports.Cell(result.milliseconds, digits=3),
@@ -70,15 +69,6 @@ def costs(evaluation: Evaluation) -> reports.Table:
 
 def write(evaluation: Evaluation, title: str, out: Path) -> None:
     """Write results.csv (a row for each score and split), results.json and index.html."""
-    rows = [
-        {"score": result.name, "split": split, "chosen": result.chosen[split], **values}
-        for result in evaluation.results
-        for split, values in enumerate(result.splits)
-    ]
-    with (out / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
     results = {
         "rat_ext": __version__,
         "torch": torch.__version__,
@@ -92,29 +82,28 @@ def write(evaluation: Evaluation, title: str, out: Path) -> None:
                 "forward_rows": result.forward_rows,
                 "backward_rows": result.backward_rows,
                 "splits": [
-                    {"chosen": chosen, **{k: None if math.isnan(v) else v for k, v in row.items()}}
+                    {"chosen": chosen, **row}
                     for chosen, row in zip(result.chosen, result.splits, strict=True)
                 ],
             }
             for result in evaluation.results
         },
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    (out / "index.html").write_text(_page(evaluation, title), encoding="utf-8")
+    reports.write_report(out, results, _page(evaluation, title))
+    rows = [
+        {"score": result.name, "split": split, "chosen": result.chosen[split], **values}
+        for result in evaluation.results
+        for split, values in enumerate(result.splits)
+    ]
+    with (out / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _page(evaluation: Evaluation, title: str) -> str:
     correct = evaluation.correct
-    tests = evaluation.tests
-    curves = {
-        result.name: [
-            metrics.risk_coverage_curve(
-                confidence[test].nan_to_num(-math.inf, math.inf, -math.inf), correct[test]
-            )
-            for confidence, test in zip(result.confidences, tests, strict=True)
-        ]
-        for result in evaluation.results
-    }
+    curves = {result.name: evaluation.curves(result.name) for result in evaluation.results}
     by_aurc = sorted(curves, key=lambda name: float(np.mean([c.risk.mean() for c in curves[name]])))
     shown = {name: curves[name] for name in curves if name in by_aurc[:6] or name.startswith("rr-")}
     body = [
@@ -124,39 +113,19 @@ def _page(evaluation: Evaluation, title: str) -> str:
         table(evaluation).html(),
         '<p class="soft">What a score leaves open is chosen by AURC on the '
         f"{100 * evaluation.settings.validation_share:g} % of the images that a split does not "
-        "test on. AURC and FPR: lower is better. AUPR-s and AUPR-e: average precision at finding "
-        "the right (success) and the wrong predictions (error).</p>",
+        "test on.</p>",
+        reports.definitions(MEANINGS),
         "<h2>Costs</h2>",
         costs(evaluation).html(),
-        "<h2>Risk and coverage</h2>",
-        reports.html_figure(
-            reports.draw([lambda axes: reports.risk_coverage(axes, shown)], (9.2, 4.2)),
-            "Risk-coverage curves of the scores",
-            "The error rate (risk) among the predictions that are accepted, most trusted first. "
-            "Mean and standard deviation over the splits, for the scores of lowest AURC and the "
-            "radii.",
-        ),
+        reports.risk_section(shown, "splits, for the scores of lowest AURC and the radii"),
     ]
-    radii = [result for result in evaluation.results if result.name.startswith("rr-")]
+    test = evaluation.tests[0]
+    radii: dict[str, reports.Radii] = {}
+    for result in evaluation.results:
+        if result.name.startswith("rr-"):
+            radius = result.confidences[0][test].double()
+            radii[f"{result.name}, {result.chosen[0]}"] = radius.numpy(), correct[test].numpy()
     if radii:
-        test = tests[0]
-        panels = [_histogram(result, test, correct) for result in radii]
-        body += [
-            "<h2>Radii of right and wrong predictions</h2>",
-            reports.html_figure(
-                reports.draw(panels, (9.2, 3.5)),
-                "Histograms of the robust radii of right and wrong predictions",
-                "Of the first split. The largest 0.5 % are in the last bin; infinite radii, where "
-                "no change of the prediction was found, are left out.",
-            ),
-        ]
+        body.append(reports.radius_section(radii, "the first split"))
     body.append(f'<p class="soft">rat_ext {__version__}, torch {torch.__version__}.</p>')
     return reports.page(title, body)
-
-
-def _histogram(result: Result, test: Tensor, correct: Tensor) -> Callable[[Any], None]:
-    radius = result.confidences[0][test].double().numpy()
-    finite = radius[np.isfinite(radius)]
-    end = float(np.quantile(finite, 0.995)) if len(finite) else 1.0
-    name = f"{result.name}, {result.chosen[0]}"
-    return lambda axes: reports.radius_histogram(axes, radius, correct[test].numpy(), name, end)

@@ -1,23 +1,40 @@
-"""Tables, plots, and reports as one HTML page without external resources."""
+"""Drawing results: tables for a terminal and a page, plots, and pages without external resources.
 
-from .page import Picture, definitions, gallery, html_figure, page
-from .plots import PALETTE, RIGHT, WRONG, draw, radius_histogram, risk_coverage
-from .table import Cell, Table, over_runs, with_best
+Nothing here knows of models or scores; `rat_ext.evaluation` and `rat_ext.demo` bring the numbers.
+"""
+
+from .page import (
+    Picture,
+    definitions,
+    gallery,
+    page,
+    radius_section,
+    risk_section,
+    write_report,
+)
+from .plots import PALETTE, RIGHT, WRONG, Radii, draw, radius_histograms, risk_coverage
+from .table import Cell, Column, Table, over_runs, over_runs_caption, rows_over_runs, with_best
 
 __all__ = [
     "PALETTE",
     "RIGHT",
     "WRONG",
     "Cell",
+    "Column",
     "Picture",
+    "Radii",
     "Table",
     "definitions",
     "draw",
     "gallery",
-    "html_figure",
     "over_runs",
+    "over_runs_caption",
     "page",
-    "radius_histogram",
+    "radius_histograms",
+    "radius_section",
     "risk_coverage",
+    "risk_section",
+    "rows_over_runs",
     "with_best",
+    "write_report",
 ]

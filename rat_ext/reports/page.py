@@ -1,23 +1,27 @@
-"""Plots, and reports as one HTML page without external resources."""
+"""Reports: one HTML page without external resources, and the numbers beside it as JSON."""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .plots import _INK
-from .table import _class
+from .plots import INK, Radii, draw, radius_histograms, risk_coverage
+from .table import css_class
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..metrics import RiskCoverage
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #5d6b7a; --paper: #ffffff;
@@ -71,6 +75,22 @@ def page(title: str, body: Iterable[str]) -> str:
     )
 
 
+def write_report(out: Path, results: Mapping[str, Any], html: str) -> None:
+    """Write results.json, in which null stands for nan, and index.html into the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_without_nan(results), indent=1, allow_nan=False)
+    (out / "results.json").write_text(text + "\n")
+    (out / "index.html").write_text(html, encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(held) for held in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def definitions(terms: Mapping[str, str]) -> str:
     """A list of terms and what they mean, as HTML."""
     items = (f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in terms.items())
@@ -92,7 +112,7 @@ def gallery(pictures: Iterable[Picture]) -> str:
     for picture in pictures:
         below = "".join(f"<div>{escape(line)}</div>" for line in picture.lines)
         items.append(
-            f'<li{_class(wrong=picture.wrong)}><img src="{_png_url(picture.pixels)}" alt="">'
+            f'<li{css_class(wrong=picture.wrong)}><img src="{_png_url(picture.pixels)}" alt="">'
             f"<b>{escape(picture.heading)}</b>{below}</li>"
         )
     return f'<ul class="images">{"".join(items)}</ul>'
@@ -118,6 +138,30 @@ def html_figure(figure: Figure, description: str, caption: str) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # not referred to, and in all figures the same
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def risk_section(curves: Mapping[str, Sequence[RiskCoverage]], runs: str) -> str:
+    """The risk-coverage curves of `risk_coverage`, averaged over the runs ("seeds"), as HTML."""
+    several = any(len(some) > 1 for some in curves.values())
+    figure = draw([lambda axes: risk_coverage(axes, curves)], (9.2, 4.0))
+    return "<h2>Risk and coverage</h2>\n" + html_figure(
+        figure,
+        f"Risk-coverage curves of {', '.join(curves)}",
+        "The error rate (risk) among the predictions that are accepted, most trusted first. "
+        f"Mean{' and standard deviation' if several else ''} over the {runs}.",
+    )
+
+
+def radius_section(radii: Mapping[str, Radii], whose: str) -> str:
+    """The histograms of `radius_histograms`, of a choice of images ("all seeds"), as HTML."""
+    infinite = sum(int(np.isinf(radius).sum()) for radius, _ in radii.values())
+    return "<h2>Radii of right and wrong predictions</h2>\n" + html_figure(
+        draw(radius_histograms(radii), (9.2, 3.5)),
+        "Histograms of the robust radii of right and wrong predictions",
+        f"Of {whose}. The less the two kinds overlap, the better the radius tells them apart. The "
+        "largest 0.5 % of the radii are in the last bin. Left out, because no change of the "
+        f"prediction was found: {infinite:,}.",
+    )

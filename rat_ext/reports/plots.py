@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ..metrics import RiskCoverage
 
 RIGHT, WRONG = "#3b82c4", "#dd6b20"  # told apart by colour-blind readers, on white and on black
 PALETTE = (
@@ -25,20 +26,20 @@ PALETTE = (
     "#4aa3a3",
     "#8c564b",
 )
-
-
-_INK = "#010203"  # in an SVG it stands for the colour of the page's text
+Radii = tuple[NDArray[np.float64], NDArray[np.bool_]]
+"""(N,) radii, and whether the (N,) predictions are right."""
+INK = "#010203"  # in an SVG it stands for the colour of the page's text
 
 
 def draw(
-    panels: Sequence[Callable[[Axes], None]], size: tuple[float, float], ink: str = _INK
+    panels: Sequence[Callable[[Axes], None]], size: tuple[float, float], ink: str = INK
 ) -> Figure:
     """A figure with the panels side by side, of this size in inches."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style = {
+    style: dict[Any, Any] = {
         **dict.fromkeys(names, ink),
         "font.size": 10,
         "axes.titlesize": 11,
@@ -63,7 +64,7 @@ def radius_histogram(
     axes: Axes, radius: NDArray[np.float64], correct: NDArray[np.bool_], title: str, end: float
 ) -> None:
     """Histograms of finite radii from 0 to `end`, each of the two kinds as shares of its own."""
-    edges = np.linspace(0, end, 31)
+    edges = np.linspace(0, end, 31).tolist()
     for kind, color, name in ((correct, RIGHT, "right"), (~correct, WRONG, "wrong")):
         values = radius[kind & np.isfinite(radius)].clip(0, end)
         weights = np.full(len(values), 100 / max(len(values), 1))
@@ -80,8 +81,19 @@ def radius_histogram(
     axes.legend(title="predictions")
 
 
-def risk_coverage(axes: Axes, curves: Mapping[str, Sequence[Any]]) -> None:
-    """Risk-coverage curves: for each name the `metrics.RiskCoverage` of the runs to average."""
+def radius_histograms(radii: Mapping[str, Radii]) -> list[Callable[[Axes], None]]:
+    """Panels of `draw`: histograms on the scale of all but the largest 0.5 % of the radii."""
+    finite = np.concatenate([radius[np.isfinite(radius)] for radius, _ in radii.values()])
+    end = float(np.quantile(finite, 0.995)) if len(finite) else 1.0
+
+    def histogram(title: str) -> Callable[[Axes], None]:
+        return lambda axes: radius_histogram(axes, *radii[title], title, end)
+
+    return [histogram(title) for title in radii]
+
+
+def risk_coverage(axes: Axes, curves: Mapping[str, Sequence[RiskCoverage]]) -> None:
+    """Risk-coverage curves: for each name those of the runs to average."""
     top = 0.0
     for (name, runs), color in zip(curves.items(), PALETTE, strict=False):
         grid = np.linspace(0.01, 1, 200)

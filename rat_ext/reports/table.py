@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 
 class Cell(NamedTuple):
@@ -43,6 +40,15 @@ def with_best(cells: Sequence[Cell], larger_is_better: bool) -> list[Cell]:
     return [cell._replace(best=cell.mean == best) for cell in cells]
 
 
+class Column(NamedTuple):
+    """How a metric is shown."""
+
+    title: str
+    scale: float
+    """In print."""
+    larger_is_better: bool
+
+
 class Table(NamedTuple):
     """Rows of text and numbers. Successive rows with the same first cell are a group."""
 
@@ -69,13 +75,13 @@ class Table(NamedTuple):
     def html(self) -> str:
         """For a page. The best cell of a column is bold."""
         head = "".join(
-            f'<th scope="col"{_class(text=isinstance(cell, str))}>{escape(name)}</th>'
+            f'<th scope="col"{css_class(text=isinstance(cell, str))}>{escape(name)}</th>'
             for name, cell in zip(self.columns, self.rows[0], strict=True)
         )
         body, group = [], self.rows[0][0]
         for row in self.rows:
             cells = "".join(map(_html_cell, row))
-            body.append(f"<tr{_class(group=row[0] != group)}>{cells}</tr>")
+            body.append(f"<tr{css_class(group=row[0] != group)}>{cells}</tr>")
             group = row[0]
         return (
             f'<div class="scroll"><table><caption>{escape(self.caption)}</caption>'
@@ -83,14 +89,41 @@ class Table(NamedTuple):
         )
 
 
+def rows_over_runs(
+    runs: Mapping[tuple[str, ...], Sequence[Mapping[str, float]]], columns: Mapping[str, Column]
+) -> list[list[str | Cell]]:
+    """Rows of a `Table`: each the labels of a key, and the mean of its runs for each column.
+
+    Args:
+        runs: for each tuple of labels the metrics of its runs (splits, seeds).
+        columns: for each metric shown, how. The best of a column is marked.
+    """
+    cells = [
+        with_best(
+            [over_runs([scale * run[metric] for run in some]) for some in runs.values()], larger
+        )
+        for metric, (_, scale, larger) in columns.items()
+    ]
+    return [[*labels, *row] for labels, *row in zip(runs, *cells, strict=True)]
+
+
+def over_runs_caption(runs: int, kind: str, images: int) -> str:
+    """What `rows_over_runs` shows, of runs of a kind ("split") on so many test images."""
+    return (
+        f"Mean{' ± standard deviation' if runs > 1 else ''} over {runs} {kind}"
+        f"{'s' if runs > 1 else ''}, {images:,} test images each."
+    )
+
+
 def _html_cell(cell: str | Cell) -> str:
     if isinstance(cell, str):
         return f'<td class="text">{escape(cell)}</td>'
     mean, _, std = str(cell).partition(" ± ")
     spread = f' <span class="spread">± {std}</span>' if std else ""
-    return f"<td{_class(best=cell.best)}>{mean}{spread}</td>"
+    return f"<td{css_class(best=cell.best)}>{mean}{spread}</td>"
 
 
-def _class(**present: bool) -> str:
+def css_class(**present: bool) -> str:
+    """The class attribute of an HTML tag: the names that are present; nothing without any."""
     names = [name for name, is_present in present.items() if is_present]
     return f' class="{" ".join(names)}"' if names else ""

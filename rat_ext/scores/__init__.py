@@ -15,7 +15,7 @@ A score of one's own is registered in one line, and is then like the others:
             return -logits.topk(2, dim=1).values[:, 1]
 """
 
-from .base import LogitScore, Score, get, name_of, names, register
+from .base import LogitScore, Score, Setting
 from .of_logits import (
     MSR,
     ODIN,
@@ -26,8 +26,10 @@ from .of_logits import (
     MaxLogit,
     NegativeEntropy,
 )
-from .tuned import PERTURBATIONS, TEMPERATURES, Setting, TunedLogitScore, TunedScore
+from .registry import get, kind_of, name_of, names, register
+from .tuned import PERTURBATIONS, TEMPERATURES, TunedLogitScore, TunedScore
 
+# names() lists them in the order of these imports.
 from .rel_u import RelU  # isort: skip
 from .radius import RRBS, RadiusScore, RRFast  # isort: skip
 from .cascade import Cascade  # isort: skip
@@ -54,6 +56,7 @@ __all__ = [
     "TunedLogitScore",
     "TunedScore",
     "get",
+    "kind_of",
     "name_of",
     "names",
     "register",

@@ -1,12 +1,15 @@
-"""The base of all scores, and the table of them by name."""
+"""The base of all scores: what a score does, and what it says of itself."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._common.user_model import Model, left_alone, logits_of
@@ -14,63 +17,69 @@ from .._common.user_model import Model, left_alone, logits_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-
-_registry: dict[str, type[Score]] = {}
-
-
-_ScoreType = TypeVar("_ScoreType", bound="type[Score]")
+ThresholdRule = Callable[[NDArray[np.float64], NDArray[np.bool_]], float]
+"""From (N,) confidences, and whether the (N,) predictions are right, to the least one accepted."""
 
 
-def register(name: str) -> Callable[[_ScoreType], _ScoreType]:
-    """Class decorator that makes a `Score` available as ``get(name)``.
+class Setting(NamedTuple):
+    """What a score's fit() chooses from a grid."""
 
-    Raises:
-        ValueError: another class has this name.
-        TypeError: the class is not a Score.
-    """
+    temperature: float
+    perturbation: float
+    """Of the input, in its units."""
 
-    def add(cls: _ScoreType) -> _ScoreType:
-        if not issubclass(cls, Score):
-            raise TypeError(f"{cls.__name__} is not a rat_ext.scores.Score; derive it from one")
-        if name in _registry:
-            raise ValueError(f"{name!r} is already {_registry[name].__qualname__}; choose another")
-        _registry[name] = cls
-        return cls
-
-    return add
+    def __str__(self) -> str:
+        perturbation = f" eps={self.perturbation:g}" if self.perturbation else ""
+        return f"T={self.temperature:g}{perturbation}"
 
 
-def names() -> list[str]:
-    """The registered names, in the order of registration."""
-    return list(_registry)
+class Audit(Protocol):
+    """Watches a score on the samples that choose a detector's threshold: see `Score.audit`."""
+
+    def see(self, model: Model, x: Tensor) -> None:
+        """Take note of (N, ...) inputs; the score has just had them."""
+
+    def report(self, confidence: NDArray[np.float64], threshold: float) -> Any:
+        """What the detector's report says in addition, of the (N,) confidences of all inputs."""
 
 
-def get(name: str, **options: Any) -> Score:
-    """A new score by its registered name; options go to its constructor.
-
-    Raises:
-        ValueError: no score has this name.
-    """
-    if name not in _registry:
-        raise ValueError(f"no score is named {name!r}; there are {', '.join(map(repr, names()))}")
-    return _registry[name](**options)
-
-
-def name_of(score: Score) -> str | None:
-    """The name under which a score's class is registered; None if it is not."""
-    return next((name for name, cls in _registry.items() if cls is type(score)), None)
+def comes_with(cls: type, name: str, other: str) -> bool:
+    """The class that defines an attribute of `cls` knew of another: has it, or derives from it."""
+    first, second = (
+        next(base for base in cls.__mro__ if each in vars(base)) for each in (name, other)
+    )
+    return second in first.__mro__  # issubclass() would not do: ABCMeta may not be through with cls
 
 
 class Score(ABC):
-    """What all scores have in common."""
+    """What all scores have in common. A score of one's own defines `score`, and declares the rest.
+
+    One with a constructor or a `fit` of its own also defines `state`, if it is to be saved with a
+    detector.
+    """
 
     forward_rows: float = 1.0
     """Rows through the model forward, per sample, that score() takes."""
     backward_rows: float = 0.0
-    """Rows through the model backward, per sample, that score() takes."""
+    """Rows through the model backward, per sample, that score() takes; 0: it needs no gradient."""
     logits_only: bool = False
-    """The score needs the logits of x alone: ``score_logits(model(x))`` equals ``score(model, x)``,
-    so that one forward can serve many scores."""
+    """The score, and its fit(), need the logits of x alone: ``score_logits(model(x))`` equals
+    ``score(model, x)``, so that one forward can serve many scores."""
+    fit_does: ClassVar[Literal["nothing", "choose", "learn"]] = "nothing"
+    """What fit() takes from the data: nothing; a choice of one setting of the `grid` ("choose"),
+    so that ``limited_to([setting])`` is as good as fitted; or more than that ("learn"). A class
+    that defines fit() learns, unless it says otherwise."""
+    needs_threshold: ClassVar[bool] = False
+    """fit() is not enough: the score is fitted to a threshold, by `fit_to_threshold`."""
+    grid: Sequence[Setting] = ()
+    """The settings that fit() chooses from; empty for a score that has none."""
+    setting: Setting | None = None
+    """The one in use; None for a score that has none."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not comes_with(cls, "fit_does", "fit"):
+            cls.fit_does = "learn"
 
     def fit(self, model: Model, loader: Iterable[Any], *, progress: bool = True) -> Self:
         """Choose from held-out data what the score leaves open; here nothing.
@@ -83,13 +92,31 @@ class Score(ABC):
         """
         return self
 
+    def fit_to_threshold(
+        self,
+        model: Model,
+        loader: Iterable[Any],
+        threshold: ThresholdRule,
+        *,
+        progress: bool = True,
+    ) -> Self:
+        """fit(), for a score that is to be compared with a threshold, as `Detector.fit` does.
+
+        Args:
+            model: as in `score`.
+            loader: as in `fit`.
+            threshold: tells the one that confidences like these would be compared with.
+            progress: show tqdm bars on standard error.
+        """
+        return self.fit(model, loader, progress=progress)
+
     @property
     def needs_fit(self) -> bool:
         """fit() has to be called before score().
 
         A score with a fit() of its own tells when that is done; until it does, it always needs it.
         """
-        return type(self).fit is not Score.fit
+        return self.fit_does != "nothing"
 
     @abstractmethod
     def score(self, model: Model, x: Tensor) -> Tensor:
@@ -114,12 +141,30 @@ class Score(ABC):
         """
         confidence = self.score(model, x)
         if not len(x):
-            return confidence, _no_prediction(x)
+            return confidence, no_prediction(x)
         with left_alone(model, x):
             return confidence, logits_of(model(x), len(x)).argmax(1)
 
+    def copy(self) -> Self:
+        """A score like this one that is fitted, and counts its rows, apart from it.
+
+        A score whose fit() changes an attribute in place, rather than sets it, overrides this one.
+        """
+        return copy.copy(self)
+
+    def limited_to(self, grid: Sequence[Setting]) -> Self:
+        """A copy that chooses from these settings; of one, it needs no fit() to choose it.
+
+        A score without settings stays as it is.
+        """
+        return self.copy()
+
+    def audit(self) -> Audit | None:
+        """What is to see the samples that choose a detector's threshold, too; here nothing."""
+        return None
+
     def state(self) -> dict[str, Any]:
-        """What `from_state` makes this score from: tensors, and values that JSON has.
+        """What `from_state` makes this score from: tensors, scores, and values that JSON has.
 
         A class with a constructor or a fit() of its own defines this one, too.
 
@@ -150,11 +195,12 @@ class LogitScore(Score):
 
     def score_and_predict(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
         if not len(x):
-            return x.new_empty(0), _no_prediction(x)
+            return x.new_empty(0), no_prediction(x)
         with left_alone(model, x):
             logits = logits_of(model(x), len(x))
             return self.score_logits(logits), logits.argmax(1)
 
 
-def _no_prediction(x: Tensor) -> Tensor:
+def no_prediction(x: Tensor) -> Tensor:
+    """The predictions of an empty batch."""
     return torch.empty(0, dtype=torch.int64, device=x.device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,20 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import scores
 from .._common.loaders import labelled_batches
 from .._common.user_model import Model, wide
-from .base import Score
-from .tuned import TunedScore
+from .band import fitted_band
+from .base import Score, ThresholdRule
+from .registry import as_score, register
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-RESAMPLES = 100
-"""Of the bootstrap that tells where the threshold may come to lie."""
-
-
+@register("cascade")
 class Cascade(Score):
     """A cheap score for most samples, an expensive one for those near the threshold.
 
@@ -43,6 +40,8 @@ class Cascade(Score):
         max_changed: share of all decisions, in [0, 1).
     """
 
+    needs_threshold = True
+
     def __init__(
         self,
         cheap: str | Score = "msr",
@@ -52,7 +51,7 @@ class Cascade(Score):
     ) -> None:
         if not 0 <= max_changed < 1:
             raise ValueError(f"max_changed is {max_changed}; it must be at least 0 and below 1")
-        self.cheap, self.expensive = own(cheap), own(expensive)
+        self.cheap, self.expensive = as_score(cheap), as_score(expensive)
         self.max_changed = max_changed
         self.band: tuple[float, float] | None = None
         """The least and the largest cheap confidence that the expensive score is needed for."""
@@ -68,12 +67,12 @@ class Cascade(Score):
         return self._examined / self._samples if self._samples else math.nan
 
     @property
-    def forward_rows(self) -> float:
+    def forward_rows(self) -> float:  # type: ignore[override]
         """Measured, on the samples scored since the band was fitted; nan before."""
         return self._rows("forward_rows")
 
     @property
-    def backward_rows(self) -> float:
+    def backward_rows(self) -> float:  # type: ignore[override]
         return self._rows("backward_rows")
 
     def _rows(self, which: str) -> float:
@@ -87,11 +86,23 @@ class Cascade(Score):
                 score.fit(model, loader, progress=progress)
         return self
 
+    def fit_to_threshold(
+        self,
+        model: Model,
+        loader: Iterable[Any],
+        threshold: ThresholdRule,
+        *,
+        progress: bool = True,
+    ) -> Self:
+        """Fit the two scores, where they need it, and the band; all on the same samples."""
+        self.fit(model, loader, progress=progress)
+        return self.fit_band(model, loader, threshold, progress=progress)
+
     def fit_band(
         self,
         model: Model,
         loader: Iterable[Any],
-        threshold: Callable[[NDArray[np.float64], NDArray[np.bool_]], float],
+        threshold: ThresholdRule,
         *,
         progress: bool = True,
     ) -> Self:
@@ -100,8 +111,7 @@ class Cascade(Score):
         Args:
             model: as in `score`.
             loader: as in `fit`; the same samples will do.
-            threshold: from (N,) confidences of the expensive score, and whether the predictions are
-                right, to the least confidence that is to be accepted.
+            threshold: chooses the threshold of the expensive score.
             progress: show a tqdm bar on standard error.
         """
         batches = []
@@ -110,20 +120,44 @@ class Cascade(Score):
             expensive = self.expensive.score(model, x)
             batches.append([value.cpu() for value in (cheap, expensive, prediction == target)])
         cheap, expensive, correct = (torch.cat(values) for values in zip(*batches, strict=True))
-        expensive, correct = expensive.double().numpy(), correct.numpy()
-        # The threshold to come is not known but for its spread, of which the band has to take care.
-        draws = np.random.default_rng(0).integers(len(correct), size=(RESAMPLES, len(correct)))
-        thresholds = [threshold(expensive[draw], correct[draw]) for draw in draws]
-        laxest, strictest = np.quantile(thresholds, [0.025, 0.975], method="nearest")
-        self.band = narrowest_band(
+        self.band = fitted_band(
             cheap.double().numpy(),
-            rejected=~(expensive >= strictest),
-            accepted=expensive >= laxest,
-            max_changed=self.max_changed,
+            expensive.double().numpy(),
+            correct.numpy(),
+            threshold,
+            self.max_changed,
         )
-        self.expensive = own(self.expensive)  # its count of rows starts anew
+        self.cheap, self.expensive = self.cheap.copy(), self.expensive.copy()  # count rows anew
         self._samples = self._examined = 0
         return self
+
+    def copy(self) -> Self:
+        score = super().copy()
+        score.cheap, score.expensive = self.cheap.copy(), self.expensive.copy()
+        score._samples = score._examined = 0
+        return score
+
+    def audit(self) -> CascadeAudit:
+        return CascadeAudit(self)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "cheap": self.cheap,
+            "expensive": self.expensive,
+            "max_changed": self.max_changed,
+            # As text: the ends may be infinite, for which JSON has no number.
+            "band": None if self.band is None else [str(end) for end in self.band],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Self:
+        options = dict(state)
+        band = options.pop("band")
+        score = cls(**options)
+        if band is not None:
+            low, high = map(float, band)
+            score.band = low, high
+        return score
 
     def score(self, model: Model, x: Tensor) -> Tensor:
         return self.score_and_predict(model, x)[0]
@@ -146,57 +180,40 @@ class Cascade(Score):
         return confidence, prediction
 
 
-def narrowest_band(
-    cheap: NDArray[np.float64],
-    *,
-    rejected: NDArray[np.bool_],
-    accepted: NDArray[np.bool_],
-    max_changed: float,
-) -> tuple[float, float]:
-    """The band of the cheap confidence with the fewest samples in it.
+@dataclass(frozen=True)
+class CascadeReport:
+    """What a `Cascade` saved on the held-out data, per sample."""
 
-    Above it samples are accepted and below it rejected. At most the share ``max_changed`` of all
-    samples is accepted there although ``rejected``, or rejected although ``accepted``. An end of
-    the band that is not needed is infinite.
-
-    Args:
-        cheap: (N,) confidences; samples where it is nan are left out.
-        rejected: (N,) those that should not be accepted unseen.
-        accepted: (N,) those that should not be rejected unseen; a sample may be both.
-        max_changed: in [0, 1).
-    """
-    budget = math.floor(max_changed * len(cheap))
-    known = ~np.isnan(cheap)
-    cheap, rejected, accepted = cheap[known], rejected[known], accepted[known]
-    n, order = len(cheap), np.argsort(-cheap, kind="stable")
-    cheap, rejected, accepted = cheap[order], rejected[order], accepted[order]
-    # Most confident first: [0, begin) is accepted unseen, [begin, end) is the band, and [end, n) is
-    # rejected unseen. Ties stay together.
-    cuts = np.concatenate([[0], np.flatnonzero(cheap[1:] != cheap[:-1]) + 1, [n]])
-    wrong_above = np.concatenate([[0], np.cumsum(rejected)])[cuts]
-    wrong_below = np.concatenate([np.cumsum(accepted[::-1])[::-1], [0]])[cuts]
-    allowed = wrong_above <= budget
-    begins = cuts[allowed]
-    ends = cuts[np.searchsorted(-wrong_below, wrong_above[allowed] - budget)]
-    best = int(np.argmin(np.maximum(ends - begins, 0)))
-    begin = int(begins[best])
-    end = max(int(ends[best]), begin)
-    low = -math.inf if end == n else math.inf if end == 0 else float(cheap[end - 1])
-    high = math.inf if begin == 0 else -math.inf if begin == n else float(cheap[begin])
-    return low, high
+    examined: float
+    """Share of the samples that the expensive score was needed for."""
+    changed: float
+    """Share of the samples decided otherwise than by the expensive score alone, at the same
+    threshold."""
+    forward_rows: float
+    """Rows through the model forward that the cascade takes."""
+    backward_rows: float
+    expensive_forward_rows: float
+    """Rows that the expensive score alone takes."""
+    expensive_backward_rows: float
 
 
-def own(score: str | Score) -> Score:
-    """The score by this name, or a copy that can be fitted, and counts, apart from the original."""
-    if isinstance(score, str):
-        return scores.get(score)
-    if not isinstance(score, Score):
-        raise TypeError(f"score is a {type(score).__name__}; expected a name or a Score")
-    if isinstance(score, Cascade):
-        cascade = copy.copy(score)
-        cascade.cheap, cascade.expensive = own(score.cheap), own(score.expensive)
-        cascade._samples = cascade._examined = 0
-        return cascade
-    if isinstance(score, TunedScore) and not score.needs_fit:
-        return score.at(score.setting)
-    return copy.copy(score)
+class CascadeAudit:
+    """What the expensive score alone decides and costs, beside a cascade on the same samples."""
+
+    def __init__(self, cascade: Cascade) -> None:
+        self.cascade, self.alone = cascade, cascade.expensive.copy()
+        self._confidences: list[Tensor] = []
+
+    def see(self, model: Model, x: Tensor) -> None:
+        self._confidences.append(self.alone.score(model, x).cpu())
+
+    def report(self, confidence: NDArray[np.float64], threshold: float) -> CascadeReport:
+        alone = torch.cat(self._confidences).double().numpy()
+        return CascadeReport(
+            examined=self.cascade.examined,
+            changed=float(np.mean((confidence >= threshold) != (alone >= threshold))),
+            forward_rows=self.cascade.forward_rows,
+            backward_rows=self.cascade.backward_rows,
+            expensive_forward_rows=self.alone.forward_rows,
+            expensive_backward_rows=self.alone.backward_rows,
+        )

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .._common.user_model import wide
-from .base import LogitScore, register
+from .base import LogitScore
+from .registry import register
 from .tuned import PERTURBATIONS, TEMPERATURES, TunedLogitScore
-
-if TYPE_CHECKING:
-    pass
 
 
 @register("msr")
@@ -48,7 +46,8 @@ class NegativeEntropy(LogitScore):
     """The negated Shannon entropy of the softmax, in nats."""
 
     def score_logits(self, logits: Tensor) -> Tensor:
-        return -torch.special.entr(wide(logits).softmax(1)).sum(1)
+        terms: Tensor = torch.special.entr(wide(logits).softmax(1))
+        return -terms.sum(1)
 
 
 @register("energy")

@@ -7,7 +7,7 @@ prediction was found) is the largest confidence; such samples are tied.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .._common.user_model import Model
 from ..radius.robust_radius import robust_radius, temperature_sweep
-from .base import register
-from .tuned import TEMPERATURES, Setting, TunedScore
+from .base import Setting
+from .registry import register
+from .tuned import TEMPERATURES, TunedScore
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,29 +38,29 @@ class RadiusScore(TunedScore):
             raise TypeError(f"{type(self).__name__} sets {' and '.join(sorted(taken))} itself")
         super().__init__(temperature)
         self.options = options
-        self._samples = self._forwards = self._backwards = 0
+        self._forget_rows()
 
     @property
-    def forward_rows(self) -> float:
+    def forward_rows(self) -> float:  # type: ignore[override]
         """Measured: the mean over the samples scored since fit(), with the ray's; nan before."""
         return self._forwards / self._samples if self._samples else math.nan
 
     @property
-    def backward_rows(self) -> float:
+    def backward_rows(self) -> float:  # type: ignore[override]
         """Measured, as the forward rows."""
         return self._backwards / self._samples if self._samples else math.nan
 
-    def fit(self, model: Model, loader: Iterable[Any], *, progress: bool = True) -> Self:
-        """Choose the temperature with the smallest AURC on (x, target, ...) batches held out."""
-        super().fit(model, loader, progress=progress)
-        self._samples = self._forwards = self._backwards = 0
-        return self
-
-    def at(self, setting: Setting) -> Self:
-        """This score with one setting; it counts its rows anew."""
-        score = super().at(setting)
-        score._samples = score._forwards = score._backwards = 0
+    def copy(self) -> Self:
+        score = super().copy()
+        score._forget_rows()
         return score
+
+    def choose(self, confidences: Tensor, correct: Tensor) -> None:
+        super().choose(confidences, correct)
+        self._forget_rows()
+
+    def _forget_rows(self) -> None:
+        self._samples = self._forwards = self._backwards = 0
 
     def state(self) -> dict[str, Any]:
         return {"temperature": self.temperature, **self.options}

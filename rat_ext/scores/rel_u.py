@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._common.loaders import labelled_batches
 from .._common.user_model import Model, left_alone, logits_of, wide
-from .base import register
+from .registry import register
 from .tuned import TEMPERATURES, TunedLogitScore
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class RelU(TunedLogitScore):
             for candidate in candidates:
                 candidate._learn(all_logits[::2], all_correct[::2])
             confidences = [candidate.score_logits(all_logits[1::2]) for candidate in candidates]
-            self._choose(torch.stack(confidences), all_correct[1::2])
+            self.choose(torch.stack(confidences), all_correct[1::2])
         self._learn(all_logits, all_correct)
         return self
 

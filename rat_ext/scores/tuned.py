@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from .. import metrics
 from .._common.loaders import labelled_batches
 from .._common.user_model import Model, left_alone, logits_of, wide
-from .base import LogitScore, Score, _no_prediction
+from .base import LogitScore, Score, Setting, no_prediction
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
 # The grids of the evaluation code of RAT (arXiv 2503.14783).
 TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 2.0, 2.5, 3.0, 100.0, 1000.0)
 PERTURBATIONS = (0.0, 5e-5, 1e-4, 1.5e-4, 2e-4, 2.5e-4, 3e-4, 3.5e-4, 4e-4, 6e-4, 8e-4, 1e-3)
-
-
-class Setting(NamedTuple):
-    """What a `TunedScore` chooses from its grid."""
-
-    temperature: float
-    perturbation: float
 
 
 class TunedScore(Score):
@@ -46,6 +38,7 @@ class TunedScore(Score):
         ValueError: a value out of its range, or none at all.
     """
 
+    fit_does = "choose"
     validation_aurc: dict[Setting, float]
     """After a fit() with several settings: the AURC of each."""
 
@@ -63,7 +56,7 @@ class TunedScore(Score):
         return self._setting is None
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> Setting:  # type: ignore[override]
         """The temperature and perturbation in use.
 
         Raises:
@@ -102,19 +95,29 @@ class TunedScore(Score):
             confidence, prediction = self.score_settings(model, x, self.grid)
             confidences.append(confidence.cpu())
             correct.append((prediction == target).cpu())
-        self._choose(torch.cat(confidences, 1), torch.cat(correct))
+        self.choose(torch.cat(confidences, 1), torch.cat(correct))
         return self
 
-    def _choose(self, confidences: Tensor, correct: Tensor) -> None:
-        aurcs = [metrics.aurc(confidence, correct) for confidence in confidences]
+    def choose(self, confidences: Tensor, correct: Tensor) -> None:
+        """Take the setting with the smallest AURC.
+
+        Args:
+            confidences: (settings, N), in the order of the grid.
+            correct: (N,) bool, whether the predictions are right.
+        """
+        aurcs = [cast(float, metrics.aurc(confidence, correct)) for confidence in confidences]
         self.validation_aurc = dict(zip(self.grid, aurcs, strict=True))
         self._setting = min(self.grid, key=self.validation_aurc.__getitem__)
 
+    def limited_to(self, grid: Sequence[Setting]) -> Self:
+        score = self.copy()
+        score.grid = list(grid)
+        score._setting = score.grid[0] if len(score.grid) == 1 else None
+        return score
+
     def at(self, setting: Setting) -> Self:
         """This score with one setting, which needs no fit() to choose it."""
-        score = copy.copy(self)
-        score._setting = setting
-        return score
+        return self.limited_to([setting])
 
 
 class TunedLogitScore(TunedScore, LogitScore):
@@ -146,20 +149,22 @@ class TunedLogitScore(TunedScore, LogitScore):
         self.bounds = bounds
 
     @property
-    def logits_only(self) -> bool:
-        return self.perturbation == 0
+    def logits_only(self) -> bool:  # type: ignore[override]
+        """No input is perturbed, whichever setting fit() chooses if it has to."""
+        settings = self.grid if self._setting is None else [self._setting]
+        return not any(setting.perturbation for setting in settings)
 
     @property
-    def forward_rows(self) -> float:
+    def forward_rows(self) -> float:  # type: ignore[override]
         return 1.0 if self.logits_only else 2.0
 
     @property
-    def backward_rows(self) -> float:
+    def backward_rows(self) -> float:  # type: ignore[override]
         return 0.0 if self.logits_only else 1.0
 
     def score_and_predict(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
         if not len(x):
-            return x.new_empty(0), _no_prediction(x)
+            return x.new_empty(0), no_prediction(x)
         confidences, prediction = self.score_settings(model, x, [self.setting])
         return confidences[0], prediction
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from rat_ext import datasets, evaluation, metrics, models, scores, training
 from rat_ext.evaluation import Settings, evaluate, work
+from rat_ext.evaluation.cache import Cache
+from rat_ext.scores import registry
 
 FEW = ("msr", "odin", "rel-u", "rr-fast", "rr-bs")
 
@@ -77,6 +79,7 @@ def test_counts_rows_and_leaves_the_model(
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), state)
     model.eval()
+    assert result.of("odin").chosen == ["T=1"]
     forward = {one.name: one.forward_rows for one in result.results}
     assert [forward[name] for name in FEW[:4]] == [1, 1, 1, 2]
     assert 3 < forward["rr-bs"] < 10
@@ -97,15 +100,15 @@ def test_resumes_where_it_was_interrupted(
     total = len(list((tmp_path / "whole/cache").glob("*.pt")))
 
     written = []
-    write = evaluation._Cache.write
+    write = Cache.__setitem__
 
-    def counted(self: evaluation._Cache, key: str, tensors: list[torch.Tensor]) -> None:
+    def counted(self: Cache, key: str, tensors: list[torch.Tensor]) -> None:
         if len(written) == limit:
             raise Interrupted
         written.append(key)
         write(self, key, tensors)
 
-    monkeypatch.setattr(work._Cache, "write", counted)
+    monkeypatch.setattr(Cache, "__setitem__", counted)
     limit = total // 2
     with pytest.raises(Interrupted):
         evaluate(model, data, settings, tmp_path / "half", progress=False)
@@ -121,7 +124,11 @@ def test_resumes_where_it_was_interrupted(
     assert len(written) == 2 * total
 
 
-def test_scores_of_ones_own(model: nn.Module, data: datasets.Images, tmp_path: Path) -> None:
+def test_scores_of_ones_own(
+    model: nn.Module, data: datasets.Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+
     @scores.register("own-learnt")
     class Learnt(scores.Score):
         def fit(self, model, loader, *, progress=True):
@@ -136,15 +143,58 @@ def test_scores_of_ones_own(model: nn.Module, data: datasets.Images, tmp_path: P
         def score(self, model, x):
             return torch.full((len(x),), math.nan)
 
-    try:
-        settings = Settings(("own-learnt", "own-fixed"), splits=2, validation_share=0.25)
-        result = evaluate(model, data, settings, tmp_path, progress=False)
-    finally:
-        del scores._registry["own-learnt"], scores._registry["own-fixed"]
-    learnt, fixed = result.results
+    @scores.register("own-shifted")
+    class Shifted(scores.LogitScore):
+        def fit(self, model, loader, *, progress=True):
+            self.shift = sum(len(x) for x, _ in loader)
+            return self
+
+        def score_logits(self, logits):
+            return logits.amax(1) + self.shift
+
+    @scores.register("own-radius")  # a tuned score that does more than to choose
+    class Weighted(scores.RRFast):
+        def fit(self, model, loader, *, progress=True):
+            super().fit(model, loader, progress=progress)
+            self.weight = 1000.0
+            return self
+
+        def score(self, model, x):
+            return self.weight + super().score(model, x)
+
+    names = ("own-learnt", "own-fixed", "own-shifted", "own-radius")
+    settings = Settings(names, splits=2, validation_share=0.25, tune="temperature")
+    result = evaluate(model, data, settings, progress=False)
+    learnt, fixed, shifted, weighted = result.results
+    assert all(confidence.min() > 90 for confidence in shifted.confidences)
+    assert all(confidence.min() >= 1000 for confidence in weighted.confidences)
+    assert weighted.chosen[0].startswith("T=")
+    assert learnt.chosen == ["", ""]
     assert all(confidence.min() > 100 for confidence in learnt.confidences)
     error = 1 - fixed.splits[0]["accuracy"]
     assert fixed.splits[0]["aurc"] == pytest.approx(error)  # nan: no information
+
+
+def test_without_a_folder(model: nn.Module, data: datasets.Images, tmp_path: Path) -> None:
+    settings = Settings(FEW, splits=2)
+    kept = evaluate(model, data, settings, tmp_path / "kept", progress=False)
+    found = evaluate(model, data, settings, progress=False)
+    assert [one.splits for one in found.results] == [one.splits for one in kept.results]
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    with pytest.raises(ValueError, match=r"to resume, .* give the folder"):
+        evaluate(model, data, settings, resume=True, progress=False)
+
+
+def test_without_held_out_images_all_are_tested_on(model: nn.Module, data: datasets.Images) -> None:
+    settings = Settings(("msr", "rr-fast"), splits=1, validation_share=0, tune="none")
+    result = evaluate(model, data, settings, progress=False)
+    assert result.tests[0].sort().values.equal(torch.arange(400))
+    for name, score in (("msr", scores.MSR()), ("rr-fast", scores.RRFast(1.0))):
+        confidence = score.score(model, data[:][0])
+        expected = metrics.summary(confidence, result.correct)
+        assert result.of(name).splits[0] == pytest.approx(expected, rel=1e-6)
+    curve = metrics.risk_coverage_curve(scores.MSR().score(model, data[:][0]), result.correct)
+    assert result.curves("msr")[0].risk == pytest.approx(curve.risk)
 
 
 def test_outliers_are_errors(model: nn.Module, data: datasets.Images, tmp_path: Path) -> None:
@@ -190,7 +240,10 @@ def test_what_is_written(model: nn.Module, data: datasets.Images, tmp_path: Path
     [
         ({"scores": ("mrs",)}, "no score is named 'mrs'"),
         ({"splits": 0}, "splits is 0; it must be at least 1"),
+        ({"scores": ("cascade",)}, "'cascade' is fitted to the threshold of a detector"),
         ({"validation_share": 1.0}, "validation_share is 1.0"),
+        ({"validation_share": 0, "tune": "none"}, "leaves no images to fit 'rel-u' on"),
+        ({"validation_share": 0, "scores": ("rr-bs",)}, "leaves no images to fit 'rr-bs' on"),
         ({"tune": "some"}, "tune is 'some'"),
     ],
 )

@@ -1,0 +1,69 @@
+"""The scores by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from .base import Score
+
+_registry: dict[str, type[Score]] = {}
+_ScoreType = TypeVar("_ScoreType", bound="type[Score]")
+
+
+def register(name: str) -> Callable[[_ScoreType], _ScoreType]:
+    """Class decorator that makes a `Score` available as ``get(name)``.
+
+    Raises:
+        ValueError: another class has this name.
+        TypeError: the class is not a Score.
+    """
+
+    def add(cls: _ScoreType) -> _ScoreType:
+        if not issubclass(cls, Score):
+            raise TypeError(f"{cls.__name__} is not a rat_ext.scores.Score; derive it from one")
+        if name in _registry:
+            raise ValueError(f"{name!r} is already {_registry[name].__qualname__}; choose another")
+        _registry[name] = cls
+        return cls
+
+    return add
+
+
+def names() -> list[str]:
+    """The registered names, in the order of registration, of scores that fit() makes ready."""
+    return [name for name, kind in _registry.items() if not kind.needs_threshold]
+
+
+def kind_of(name: str) -> type[Score]:
+    """The class registered under a name.
+
+    Raises:
+        ValueError: no score has this name.
+    """
+    if name not in _registry:
+        raise ValueError(f"no score is named {name!r}; there are {', '.join(map(repr, names()))}")
+    return _registry[name]
+
+
+def name_of(score: Score) -> str | None:
+    """The name under which a score's class is registered; None if it is not."""
+    return next((name for name, kind in _registry.items() if kind is type(score)), None)
+
+
+def get(name: str, **options: Any) -> Score:
+    """A new score by its registered name; options go to its constructor.
+
+    Raises:
+        ValueError: no score has this name.
+    """
+    return kind_of(name)(**options)
+
+
+def as_score(score: str | Score) -> Score:
+    """A new score by this name, or a copy of this one."""
+    if isinstance(score, str):
+        return get(score)
+    if not isinstance(score, Score):
+        raise TypeError(f"score is a {type(score).__name__}; expected a name or a Score")
+    return score.copy()
