@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
     if rank:
         return
     radii = shards.load()
+    assert radii.target is not None  # data sets have targets
     right = radii.prediction.eq(radii.target)
     print(f"Accuracy {100 * right.double().mean():.2f} % of {len(right):,} images.")
     for name, which in (("right", right), ("wrong", ~right)):

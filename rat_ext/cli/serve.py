@@ -101,6 +101,7 @@ def run(options: argparse.Namespace) -> None:
         model.to(device)
         parameter = next(model.parameters(), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
+        low, high = options.bounds
         search = search_options(options, *SEARCH)
         Options.checked(torch.empty(1, *shape, dtype=dtype), **search)
         detector = None
@@ -108,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
             detector = Detector.load(options.detector, model)
         gate = Gate(model, detector, not options.no_radius, device, search)
         gate.warm_up(shape, dtype)
-        decoder = Decoder(shape, dtype, search["bounds"], options.resize, settings.max_pixels)
+        decoder = Decoder(shape, dtype, (low, high), options.resize, settings.max_pixels)
         application = app.create_app(gate, decoder, settings, name=name, classes=classes)
         server.serve(
             application, settings, options.host, options.port, access_log=options.access_log

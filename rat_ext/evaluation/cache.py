@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from .._common.storage import fingerprint, write_whole
 from .._core import __version__
+from ..datasets import Labelled
 from .settings import Settings
 
 
@@ -50,7 +49,7 @@ class Cache:
         return tensors
 
 
-def identity_of(model: nn.Module, data: Dataset[Any], images: int, settings: Settings) -> str:
+def identity_of(model: nn.Module, data: Labelled, images: int, settings: Settings) -> str:
     """Tells evaluations apart: by weights, three of the images, settings and version."""
     digest = hashlib.sha256(fingerprint(model).encode())
     for index in (0, images // 2, images - 1):

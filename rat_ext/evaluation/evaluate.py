@@ -7,15 +7,15 @@ import warnings
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from .. import metrics, scores
 from .._common.user_model import logits_of, undisturbed
+from ..datasets import Labelled
 from .cache import Cache, identity_of
 from .settings import Settings
 from .work import Work
@@ -68,7 +68,7 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    data: Dataset[Any],
+    data: Labelled,
     settings: Settings,
     out: str | Path | None = None,
     *,

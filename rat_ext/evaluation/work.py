@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from .. import scores
-from ..datasets import batches
+from ..datasets import Labelled, batches
 from .cache import Cache
 from .settings import Settings
 
@@ -40,7 +39,7 @@ class Work:
     def __init__(
         self,
         model: nn.Module,
-        data: Dataset[Any],
+        data: Labelled,
         images: int,
         settings: Settings,
         cache: Cache | dict[str, list[Tensor]],

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from .._common.user_model import Model
 from ..radius.robust_radius import robust_radius, temperature_sweep
+from ..search.options import SearchOptions
 from .base import Setting
 from .registry import register
 from .tuned import TEMPERATURES, TunedScore
@@ -31,13 +32,13 @@ class RadiusScore(TunedScore):
         options: of `rat_ext.robust_radius` (all but ``method``, ``temperature`` and ``full``).
     """
 
-    method: ClassVar[str]
+    method: ClassVar[Literal["bs", "fast"]]
 
     def __init__(self, temperature: float | Sequence[float] = TEMPERATURES, **options: Any) -> None:
         if taken := {"method", "full"} & options.keys():
             raise TypeError(f"{type(self).__name__} sets {' and '.join(sorted(taken))} itself")
         super().__init__(temperature)
-        self.options = options
+        self.options = cast(SearchOptions, options)
         self._forget_rows()
 
     @property
@@ -70,9 +71,12 @@ class RadiusScore(TunedScore):
         return self.score_and_predict(model, x)[0]
 
     def score_and_predict(self, model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
-        result = robust_radius(
-            model, x, method=self.method, temperature=self.temperature, full=True, **self.options
-        )
+        options: SearchOptions = {
+            **self.options,
+            "method": self.method,
+            "temperature": self.temperature,
+        }
+        result = robust_radius(model, x, full=True, **options)
         self._samples += len(result)
         self._forwards += len(result) + int(result.forward_rows.sum())
         self._backwards += len(result) + int(result.backward_rows.sum())
@@ -82,7 +86,8 @@ class RadiusScore(TunedScore):
         self, model: Model, x: Tensor, settings: Sequence[Setting]
     ) -> tuple[Tensor, Tensor]:
         temperatures = [setting.temperature for setting in settings]
-        results = temperature_sweep(model, x, temperatures, method=self.method, **self.options)
+        options: SearchOptions = {**self.options, "method": self.method}
+        results = temperature_sweep(model, x, temperatures, **options)
         return torch.stack([result.radius for result in results]), results[0].prediction
 
 

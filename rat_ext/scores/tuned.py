@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class TunedScore(Score):
             confidences: (settings, N), in the order of the grid.
             correct: (N,) bool, whether the predictions are right.
         """
-        aurcs = [cast(float, metrics.aurc(confidence, correct)) for confidence in confidences]
+        aurcs = [metrics.aurc(confidence, correct) for confidence in confidences]
         self.validation_aurc = dict(zip(self.grid, aurcs, strict=True))
         self._setting = min(self.grid, key=self.validation_aurc.__getitem__)
 

@@ -44,7 +44,7 @@ def input_flags(x: Tensor, options: Options) -> Tensor:
     """
     bounds = options.bounds
     if not bounds.uniform:
-        flags = bounds.outside(x).to(torch.uint8) * core.INPUT_OUTSIDE
+        flags = bounds.outside(x).to(torch.uint8).mul_(core.INPUT_OUTSIDE)
         return flags.masked_fill_(~x.flatten(1).isfinite().all(1), core.INPUT_NOT_FINITE)
     flags = torch.empty(len(x), dtype=torch.uint8, device=x.device)
     slack = bounds.slack(x.dtype)
@@ -67,7 +67,8 @@ def plain(x: Tensor) -> Tensor:
     """x in memory as it is: nothing left to be negated or conjugated, and no other layout."""
     if x.layout is not torch.strided:
         x = x.to_dense()
-    return x.resolve_neg().resolve_conj()
+    resolved: Tensor = x.resolve_neg().resolve_conj()
+    return resolved
 
 
 def with_dense_rows(x: Tensor) -> Tensor:

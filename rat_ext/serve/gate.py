@@ -6,13 +6,14 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..radius import robust_radius
 from ..radius_scores import RadiusScore
+from ..search.options import SearchOptions
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Gate:
     detector: Callable[[Tensor], Any] | None = None
     radius: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    options: dict[str, Any] = field(default_factory=dict)
+    options: SearchOptions = field(default_factory=SearchOptions)
 
     def __post_init__(self) -> None:
         if self.detector is None and not self.radius:
@@ -88,7 +89,7 @@ class Gate:
         Raises:
             ValueError: the model does not take such inputs.
         """
-        low, high = self.options.get("bounds", (0.0, 1.0))
+        low, high = cast("tuple[float, float]", self.options.get("bounds", (0.0, 1.0)))
         try:
             (answer,) = self([torch.full(shape, (low + high) / 2, dtype=dtype)])
         except Exception as error:

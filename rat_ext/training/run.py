@@ -50,8 +50,7 @@ class Run:
         self.optimizer = optimizer(model.parameters(), **settings)
         self.ema = None
         if recipe.ema:
-            # torch has no types for it.
-            average = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
+            average = get_ema_multi_avg_fn(recipe.ema)
             self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.criterion = recipe.criterion()
 
@@ -78,7 +77,7 @@ class Run:
                 x, t = mixup(x, t, self.recipe.mixup, len(self.data.classes))
             self.optimizer.zero_grad()
             loss, logits = self._loss(x, t)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+            loss.backward()
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
