@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics
+from .._common.bounds import Bounds
 from .._common.loaders import labelled_batches
 from .._common.user_model import Model, left_alone, logits_of, wide
 from .base import LogitScore, Score, Setting, no_prediction
@@ -144,9 +145,8 @@ class TunedLogitScore(TunedScore, LogitScore):
         bounds: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__(temperature, perturbation)
-        if not (len(bounds) == 2 and bounds[0] < bounds[1]):
-            raise ValueError(f"bounds is {bounds}; expected (low, high) with low below high")
         self.bounds = bounds
+        self._range = Bounds.parse(bounds, torch.empty(1, 1))
 
     @property
     def logits_only(self) -> bool:  # type: ignore[override]
@@ -176,7 +176,9 @@ class TunedLogitScore(TunedScore, LogitScore):
     ) -> tuple[Tensor, Tensor]:
         perturbed = any(setting.perturbation for setting in settings)
         if perturbed:
-            self._check_bounds(x)
+            outside = self._range.outside(x)
+            if outside.any():
+                raise self._range.error(x[outside], len(x))
         with left_alone(model, x):
             # A tensor made in inference mode cannot enter a graph.
             leaf = x.clone() if x.is_inference() else x.detach()
@@ -191,7 +193,7 @@ class TunedLogitScore(TunedScore, LogitScore):
                         directions[setting.temperature] = score._direction(logits, leaf)
                     step = self.step_sign * setting.perturbation
                     point = x + step * directions[setting.temperature]
-                    at = logits_of(model(point.clamp(*self.bounds)), len(x))
+                    at = logits_of(model(self._range.clip(point)), len(x))
                 confidences.append(score.score_logits(at))
         return torch.stack(confidences), logits.detach().argmax(1)
 
@@ -208,16 +210,6 @@ class TunedLogitScore(TunedScore, LogitScore):
             (seed,) = torch.autograd.grad(self.score_logits(values).sum(), values)
         (gradient,) = torch.autograd.grad(logits, leaf, seed.to(logits.dtype), retain_graph=True)
         return gradient.sign()
-
-    def _check_bounds(self, x: Tensor) -> None:
-        low, high = self.bounds
-        least, most = (value.item() for value in x.detach().aminmax())
-        if least < low or most > high:
-            raise ValueError(
-                f"x has values from {least:.4g} to {most:.4g}, outside bounds ({low:g}, {high:g}). "
-                "The usual cause is normalising before the model: put the normalisation inside the "
-                "model, as its first layer. If x has another range, pass bounds=(low, high)"
-            )
 
 
 def _grid(

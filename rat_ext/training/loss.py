@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._common.bounds import Bounds
 from .._common.user_model import check_device, logits_of
 
 
@@ -50,7 +51,7 @@ class RATLoss:
     Args:
         eps: size of the perturbation, in the units of x; >= 0.
         lam: weight of the perturbed term; >= 0.
-        bounds: smallest and largest value of an input element.
+        bounds: smallest and largest value of an input element; None for an end that is none.
         steps: 1 for FGSM, more for PGD.
         step_size: of a PGD step; default 2.5 * eps / steps, as in Madry et al. 2018. FGSM has eps.
 
@@ -63,15 +64,13 @@ class RATLoss:
         eps: float = 1e-3,
         lam: float = 1.0,
         *,
-        bounds: tuple[float, float] = (0.0, 1.0),
+        bounds: tuple[float | None, float | None] | None = (0.0, 1.0),
         steps: int = 1,
         step_size: float | None = None,
     ) -> None:
         for name, value in (("eps", eps), ("lam", lam)):
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; it must be finite and not negative")
-        if not bounds[0] < bounds[1]:
-            raise ValueError(f"bounds is {bounds}; low must be below high")
         if steps < 1:
             raise ValueError(f"steps is {steps}; it must be at least 1")
         if step_size is None:
@@ -79,6 +78,7 @@ class RATLoss:
         if not (step_size >= 0 and math.isfinite(step_size)):
             raise ValueError(f"step_size is {step_size}; it must be finite and not negative")
         self.eps, self.lam, self.bounds = eps, lam, bounds
+        self._range = Bounds.parse(bounds, torch.empty(1, 1))
         self.steps, self.step_size = steps, step_size
         self._input_checked = False
 
@@ -140,7 +140,7 @@ class RATLoss:
     @torch.no_grad()
     def _moved(self, x: Tensor, point: Tensor, sign: Tensor, gradient: Tensor) -> Tensor:
         moved = point + sign * self.step_size * gradient.sign()
-        return moved.clamp(x - self.eps, x + self.eps).clamp(*self.bounds)
+        return self._range.clip(moved.clamp(x - self.eps, x + self.eps))
 
     def _check(self, model: nn.Module, x: Tensor, t: Tensor) -> None:
         if not isinstance(model, nn.Module):
@@ -160,13 +160,9 @@ class RATLoss:
             )
         check_device(model, x)
         if not self._input_checked:  # only once: it waits for the device
-            low, high = self.bounds
-            if ((x < low) | (x > high)).any():
-                raise ValueError(
-                    f"x has values from {x.min().item():.4g} to {x.max().item():.4g}, outside "
-                    f"bounds {self.bounds}. Put the normalisation inside the model and pass x "
-                    "unnormalised, or give the bounds of x"
-                )
+            outside = self._range.outside(x)
+            if outside.any():
+                raise self._range.error(x[outside], len(x))
             self._input_checked = True
 
 

@@ -105,7 +105,7 @@ def test_a_score_of_ones_own(monkeypatch):
         ("odin", {"temperature": [1, math.inf]}, ValueError, "temperature inf"),
         ("odin", {"temperature": []}, ValueError, "temperature is empty"),
         ("doctor-alpha", {"perturbation": [0, -1e-3]}, ValueError, "perturbation -0.001"),
-        ("doctor-beta", {"bounds": (1, 0)}, ValueError, "low below high"),
+        ("doctor-beta", {"bounds": (1, 0)}, ValueError, "low must be below high"),
         ("rel-u", {"weight": 2}, ValueError, "weight is 2"),
         ("rr-bs", {"method": "fast"}, TypeError, "RRBS sets method itself"),
     ],

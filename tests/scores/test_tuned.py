@@ -1,6 +1,8 @@
 """What fit() chooses from a grid."""
 
 import pytest
+import torch
+from helpers import mlp, uniform
 from score_helpers import BUILT_IN, Counting, held_out, make
 
 from rat_ext import metrics, scores
@@ -58,3 +60,15 @@ def test_default_grids_and_single_settings():
         if name != "rel-u":
             score = make(name)
             assert score.fit(Counting(), untouched()) is score
+
+
+@pytest.mark.parametrize("name", ["odin", "doctor-alpha", "doctor-beta"])
+def test_a_perturbed_input_may_leave_its_bounds_by_rounding(name):
+    low, high = -2.1179, 2.64
+    x = (uniform(6, 12, dtype=torch.float32) * 6 - 3).clamp(low, high)
+    assert x.max().double() > high  # clamp rounds the bound to float32
+    score = scores.get(name, temperature=1.0, perturbation=1e-3, bounds=(low, high))
+    model = mlp().float()
+    assert score.score(model, x).isfinite().all()
+    with pytest.raises(ValueError, match=r"to 2\.65\d*, outside bounds \(-2\.1179, 2\.64\)"):
+        score.score(model, x + 0.01)

@@ -232,3 +232,15 @@ def test_bad_arguments(error, message, x, t, options):
 def test_a_function_is_no_model():
     with pytest.raises(TypeError, match=r"model is a function; RATLoss needs an nn.Module"):
         RATLoss()(lambda x: x, X, T)
+
+
+def test_inputs_may_leave_the_bounds_by_rounding_or_have_none():
+    model, t = mlp().float(), torch.tensor([0, 1, 2, 3])
+    x = (uniform(4, 12, dtype=torch.float32) * 6 - 3).clamp(-2.1179, 2.64)
+    assert x.max().double() > 2.64
+    losses = [
+        RATLoss(eps=1e-3, bounds=bounds)(model, x, t).loss
+        for bounds in ((-2.1179, 2.64), (-9, 9), None)
+    ]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)
+    assert torch.equal(losses[1], losses[2])
