@@ -17,8 +17,8 @@ class BuildInfo:
 
     `cuda` is the CUDA version of the compiler; None for a CPU build, and `cuda_reason` says why it
     is one. `cuda_archs` names machine code (`sm_90`) and PTX (`compute_90`) as torch does.
-    `devices` are the GPUs that torch sees. `cuda_problem` says why the CUDA kernels cannot run on
-    them; None if they can.
+    `devices` are the GPUs that torch sees, and `device_problems` says of each why the CUDA kernels
+    cannot run on it; None if they can. `cuda_problem` is None if they can on one of them.
     """
 
     version: str
@@ -30,6 +30,7 @@ class BuildInfo:
     torch: str
     torch_cuda: str | None
     devices: tuple[str, ...]
+    device_problems: tuple[str | None, ...]
     cuda_problem: str | None
 
     @property
@@ -46,6 +47,7 @@ def build_info() -> BuildInfo:
     if torch.version.cuda is not None and torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     problem: str | None
+    problems: list[str | None] = []
     if cuda is None:
         problem = "the core was built without CUDA"
     elif torch.version.cuda is None:
@@ -58,7 +60,7 @@ def build_info() -> BuildInfo:
             _device_problem(device.name, (device.major, device.minor), archs, _number(cuda), driver)
             for device in devices
         ]
-        problem = next(filter(None, problems), None)
+        problem = None if None in problems else problems[0]
     return BuildInfo(
         version=__version__,
         compiler=core.BUILD_COMPILER,
@@ -69,6 +71,7 @@ def build_info() -> BuildInfo:
         torch=torch.__version__,
         torch_cuda=torch.version.cuda,
         devices=tuple(f"{device.name} (sm_{device.major}{device.minor})" for device in devices),
+        device_problems=tuple(problems) or (problem,) * len(devices),
         cuda_problem=problem,
     )
 
@@ -77,13 +80,17 @@ def format_build_info(info: BuildInfo | None = None) -> str:
     """`build_info()` as lines of text, for `rat-ext info` and bug reports."""
     info = info or build_info()
     archs = ", ".join(info.cuda_archs)
+    gpus = [
+        f"{device}{f': not usable, {problem}' if problem else ''}"
+        for device, problem in zip(info.devices, info.device_problems, strict=True)
+    ]
     return "\n".join(
         [
             f"rat_ext     {info.version}",
             f"core        {info.compiler}, {info.build_type}",
             f"core CUDA   {f'{info.cuda} for {archs}' if info.cuda else f'no: {info.cuda_reason}'}",
             f"torch       {info.torch} (CUDA: {info.torch_cuda or 'no'})",
-            f"GPUs        {', '.join(info.devices) or 'none'}",
+            f"GPUs        {'; '.join(gpus) or 'none'}",
             f"usable      {'CPU, CUDA' if info.cuda_usable else f'CPU ({info.cuda_problem})'}",
         ]
     )

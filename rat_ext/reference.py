@@ -12,6 +12,7 @@ of the prediction anywhere in the ball of radius eps.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._common.resolution import least_step
-from ._common.user_model import Model, check_device, logits_of, undisturbed
+from ._common.user_model import Model, check_device, full_float32, logits_of, undisturbed
 from .search.options import WIDE, Options, SearchOptions, shows_options
 from .search.result import RadiusResult, concatenate, warn_about
 
@@ -82,7 +83,8 @@ def robust_radius(
         if outside.any():
             raise chosen.bounds.error(x[outside], len(x))
         check_device(model, x)
-        with undisturbed(model, x.device):
+        exact = full_float32() if chosen.tf32 is False else contextlib.nullcontext()
+        with undisturbed(model, x.device), exact:
             chunks = x.split(chosen.batch_size or len(x))
             result = concatenate([method(model, chunk, chosen) for chunk in chunks])
     warn_about(result, stacklevel=2)

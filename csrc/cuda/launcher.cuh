@@ -75,11 +75,26 @@ class DeviceGuard {
   static void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // reported here, so no later call shall report it again
-    throw std::runtime_error(std::string("rat_ext core: ") + what + ": " +
-                             cudaGetErrorString(error));
+    std::string message = std::string("rat_ext core: ") + what + ": " + cudaGetErrorString(error);
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+      message += no_kernel();
+    }
+    throw std::runtime_error(message);
   }
 
  private:
+  // What to do where the current device has no kernel.
+  static std::string no_kernel() {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    const std::string arch = std::to_string(major) + std::to_string(minor);
+    return ". CUDA device " + std::to_string(device) + " is sm_" + arch +
+           ", and rat_ext was built for " RAT_EXT_BUILT_FOR ": rebuild it with RAT_EXT_CUDA_ARCHS=" +
+           arch;
+  }
+
   int device_;
   int before_ = 0;
 };

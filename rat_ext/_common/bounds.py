@@ -52,7 +52,9 @@ class Bounds:
             ) from error
         if isinstance(low, Tensor) or isinstance(high, Tensor):
             low, high = (
-                torch.as_tensor(end, dtype=torch.float64).broadcast_to(x.shape[1:]).to(x.device)
+                torch.as_tensor(end, dtype=torch.float64)
+                .broadcast_to(x.shape[1:])
+                .to(x.device, torch.float32 if x.device.type == "mps" else torch.float64)
                 for end in (low, high)
             )
             if not ((low <= high).all() and (low < high).any()):

@@ -37,6 +37,26 @@ def left_alone(model: Model, x: Tensor) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 numbers on CUDA in float32, not in TF32; afterwards as before."""
+    backends: Any = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later
+        held = [(each, "fp32_precision") for each in (backends.cuda.matmul, backends.cudnn.conv)]
+        exact: Any = "ieee"
+    else:
+        held = [(each, "allow_tf32") for each in (backends.cuda.matmul, backends.cudnn)]
+        exact = False
+    before = [getattr(owner, name) for owner, name in held]
+    try:
+        for owner, name in held:
+            setattr(owner, name, exact)
+        yield
+    finally:
+        for (owner, name), value in zip(held, before, strict=True):
+            setattr(owner, name, value)
+
+
 def logits_of(output: Any, rows: int) -> Tensor:
     """The (rows, classes) logits in a model's output: a tensor, or an object with ``.logits``."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)

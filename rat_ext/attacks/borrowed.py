@@ -41,7 +41,8 @@ class AttackRay(VectorRay):
         self.start(slope.clamp_min(torch.finfo(slope.dtype).tiny).where(found > 0, 0), begin)
         parts = self.options.probes
         shares = torch.arange(1, parts + 1, device=found.device, dtype=found.dtype) / parts
-        probes = (found[:, None] * shares).maximum(self.column("least_step")[rows, None])
+        probes = (found[:, None] * shares).to(self.home)
+        probes = probes.maximum(self.column("least_step")[rows, None])
         self.probes[rows] = probes.clamp_max_(self.options.eps_max)
 
     def attack(self, rows: slice) -> tuple[Tensor, WatchedModel]:

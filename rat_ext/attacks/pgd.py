@@ -61,8 +61,8 @@ class BallSearch(BracketSearch):
         super().__init__(ray.model, ray.x, classes, ray.options)
         for now, then in zip(self.tensors, start, strict=True):
             now.copy_(then)
-        at_x = self.gaps[:, :classes].scatter(1, self.predicted(slice(None))[:, None], math.inf)
-        self.runner_up = at_x.argmin(1)
+        at_x = self.gaps[:, :classes].to(self.x.device)
+        self.runner_up = at_x.scatter(1, self.predicted(slice(None))[:, None], math.inf).argmin(1)
         found = ray.column("status") == core.FOUND
         self.probes[:, 0] = ray.column("upper").where(found, self.probes[:, 0])
         self.direction = ray.direction.to(self.probes.dtype)
@@ -73,13 +73,14 @@ class BallSearch(BracketSearch):
 
     def logits_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> Tensor:
         clip, norm = self.options.bounds.clip, self.options.norm
-        rows = index.long()
-        x, y = self.x[rows].to(radii.dtype), self.predicted(rows)
-        eps = like_rows(radii[rows, 0], x)
-        first = self.column("rows")[rows] == 0
+        at_home = index.long()
+        rows = at_home.to(self.x.device)
+        x, y = self.x[rows].to(radii.dtype), self.predicted(at_home)
+        eps = like_rows(radii[at_home, 0].to(x.device), x)
+        first = (self.column("rows")[at_home] == 0).to(x.device)
         point = clip(x + eps * self.direction[rows])
-        best, best_margin = point.clone(), radii.new_full((len(rows),), math.inf)
-        best_logits = self.gaps.new_empty(len(rows), self.gaps.shape[1] // core.KNOTS)
+        best, best_margin = point.clone(), x.new_full((len(rows),), math.inf)
+        best_logits = x.new_empty(len(rows), self.gaps.shape[1] // core.KNOTS)
         left = torch.arange(len(rows), device=rows.device)  # the rows that go on, and their points
         for step in range(self.steps + 1):
             self.forwards[rows[left]] += 1
@@ -87,8 +88,9 @@ class BallSearch(BracketSearch):
             z = for_core(logits, self.x).to(radii.dtype)
             margin = margin_of(z, y[left])
             deeper = ~(margin >= best_margin[left])  # also where it is not finite
-            at = left[deeper]
-            best_margin[at], best_logits[at], best[at] = margin[deeper], z[deeper], point[deeper]
+            best_margin[left] = margin.where(deeper, best_margin[left])
+            best_logits[left] = z.where(deeper[:, None], best_logits[left])
+            best[left] = point.where(like_rows(deeper, point), best[left])
             if step == self.steps:
                 break
             self.backwards[rows[left]] += 1
@@ -96,7 +98,8 @@ class BallSearch(BracketSearch):
             (gradient,) = torch.autograd.grad(logits, leaf, seed.to(logits.dtype))
             going = (z.argmax(1) == y[left]) | first[left]
             going &= margin.isfinite()
-            left, point, gradient = left[going], point[going], gradient[going].to(point.dtype)
+            on = going.nonzero().squeeze(1)  # the one wait for the device in a step
+            left, point, gradient = left[on], point[on], gradient[on].to(point.dtype)
             if not len(left):
                 break
             size = eps[left] * (PGD_STEP_SIZE / self.steps)

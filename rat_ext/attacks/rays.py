@@ -13,7 +13,8 @@ from .._core import core
 from ..search.attack import register
 from ..search.bracket_search import BracketSearch
 from ..search.options import WIDE, Options
-from ..search.tensors import empty_rows_like, for_core, launch_arguments
+from ..search.place import runs_core
+from ..search.tensors import empty_rows_like, for_core
 
 
 def length(vectors: Tensor, norm: str) -> Tensor:
@@ -46,9 +47,9 @@ def like_rows(values: Tensor, x: Tensor) -> Tensor:
 
 @register("fgsm", by_gradient=True)
 def fgsm(model: Model, x: Tensor, classes: int, options: Options) -> BracketSearch:
-    """The ray of the gradient's sign: in the core, which knows one range for all elements."""
-    kind = BracketSearch if options.bounds.uniform else VectorRay
-    return kind(model, x, classes, options)
+    """The ray of the gradient's sign: in the core where it can be, else in plain torch."""
+    in_core = options.bounds.uniform and runs_core(x.device)
+    return (BracketSearch if in_core else SignRay)(model, x, classes, options)
 
 
 @register("fgsm_l2", norm="l2", by_gradient=True)
@@ -65,8 +66,8 @@ class VectorRay(BracketSearch):
 
     def head(self, gradient: Tensor, begin: int) -> None:
         rows = slice(begin, begin + len(gradient))
-        gradient = gradient.to(self.direction.dtype)
-        self.direction[rows] = steepest(gradient, self.options.norm)
+        gradient = gradient.to(WIDE[self.x.dtype])
+        self.direction[rows] = steepest(gradient, self.options.norm).to(self.direction.dtype)
         self.start(self.slope(gradient, rows), begin)
 
     def slope(self, gradient: Tensor, rows: slice) -> Tensor:
@@ -82,16 +83,25 @@ class VectorRay(BracketSearch):
         # it is shown one, of such a gradient and size.
         rows = slice(begin, begin + len(slope))
         one = slope[:, None].clamp_min(0)
-        least = least_step(self.x[rows], self.direction[rows])
+        least = least_step(self.x[rows], self.direction[rows]).to(one.dtype)
         x = (least * (4 / torch.finfo(one.dtype).eps))[:, None]
+        one, x = one.to(self.home), x.to(self.home)
         direction = torch.empty_like(one, dtype=torch.int8)
-        launch = launch_arguments(one)
-        core.aim(one, x, direction, -math.inf, math.inf, self.state, begin, **launch)
+        core.aim(one, x, direction, -math.inf, math.inf, self.state, begin, **self.launch)
 
     def logits_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> Tensor:
         rows = index.long()
-        e = radii[rows].flatten()
-        rows = rows.repeat_interleave(radii.shape[1])
-        moved = torch.addcmul(self.x[rows].to(e.dtype), self.direction[rows], like_rows(e, self.x))
+        e = radii[rows].flatten().to(self.x.device)
+        rows = rows.repeat_interleave(radii.shape[1]).to(self.x.device)
+        x, direction = self.x[rows].to(e.dtype), self.direction[rows].to(e.dtype)
+        moved = torch.addcmul(x, direction, like_rows(e, self.x))
         points = points[: len(rows)].copy_(self.options.bounds.clip(moved))
         return for_core(logits_of(self.model(points), len(points)), self.x)
+
+
+class SignRay(VectorRay):
+    """The FGSM ray in plain torch, where the core does not know the bounds or the device."""
+
+    def __init__(self, model: Model, x: Tensor, classes: int, options: Options) -> None:
+        super().__init__(model, x, classes, options)
+        self.direction = empty_rows_like(x, len(x), torch.int8)

@@ -47,13 +47,15 @@ def add_search_options(parser: argparse._ActionsContainer, *names: str) -> None:
         kind = option.type
         if get_origin(kind) in (Union, UnionType):  # the first is what a command line can give
             kind = get_args(kind)[0]
+        flag = f"--{name.replace('_', '-')}"
         how: dict[str, Any] = {"type": kind}
         if get_origin(kind) is Literal:
             how = {"choices": get_args(kind)}
         elif get_origin(kind) is tuple:
             how = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+        elif kind is bool:
+            flag, how = f"--no-{name}", {"dest": name, "action": "store_const", "const": False}
         text = option.help.rstrip(".").replace("`", "").replace("%", "%%")
-        flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, default=option.default, help=text, **how)
 
 

@@ -2,14 +2,16 @@
 
 What `robust_radius` launches kernel by kernel, `RadiusEstimator` records once as CUDA graphs: the
 ray (forward, and backward to the input) and the step of the search (probe, forward, bracket
-update). Each is recorded for batches of 1, 2, 4, ... rows up to the example's, so that a batch of
-which most rows are settled goes on at a smaller size. The step is the body of a loop on the device
-where torch can record one; elsewhere the host replays it and polls how many rows are left.
+update). Each is recorded for batches of 1, 2, 3, 4, 6, 8, 12, ... rows up to the example's, so that
+a batch of which most rows are settled goes on at a smaller size. The step is the body of a loop on
+the device where torch can record one; elsewhere the host replays it and polls how many rows are
+left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._common.user_model import Model, check_device, undisturbed
+from .._common.user_model import Model, check_device, full_float32, undisturbed
 from ..attacks.rays import fgsm
+from ..search.bracket_search import batch_sizes
 from ..search.options import Options, SearchOptions, shows_options
 from ..search.result import RadiusResult, concatenate, warn_about
 from ..search.tensors import (
@@ -103,7 +106,7 @@ class RadiusEstimator:
             example = with_dense_rows(example_x.detach())
             checked_input(example, self._options)
             check_device(model, example)
-            with undisturbed(model, device):
+            with undisturbed(model, device), self._precision():
                 random_state = _random_state(device)
                 _, logits = differentiable_logits(ambient, example)
                 draws = not torch.equal(random_state, _random_state(device))
@@ -130,7 +133,7 @@ class RadiusEstimator:
                 checked_input(with_dense_rows(x.detach()), self._options)
             # A replay runs no Python of the model, so there is nothing to put back.
             runs = undisturbed(self._model, self._device) if self._runs_model else _NOTHING
-            with runs:
+            with runs, self._precision():
                 results = [self._search_rows(rows) for rows in x.split(len(like))]
         result = concatenate(results) if len(results) > 1 else results[0]
         if self._check_input:
@@ -153,7 +156,8 @@ class RadiusEstimator:
         leaf, logits = differentiable_logits(search.model, self._x[:rows])
         search.aim(leaf, logits)
         padding = self._order[:rows] >= self._rows
-        search.exclude((input_flags(self._x[:rows], self._options) != 0) | padding)
+        bad = input_flags(self._x[:rows], self._options) != 0
+        search.exclude(bad.to(padding.device) | padding)
         self._index[:rows].copy_(self._order[:rows])
         self._count.fill_(rows)
         search.compact(self._index[:rows], self._count)
@@ -175,28 +179,28 @@ class RadiusEstimator:
         return run
 
     def _allocate(self, model: Model, example: Tensor, classes: int) -> None:
-        n, device = len(example), self._device
+        n = len(example)
         self._x = empty_rows_like(example, n, example.dtype).copy_(example)
         self._search = fgsm(model, self._x, classes, self._options)
-        self._order = torch.arange(n, dtype=torch.int32, device=device)
+        self._order = torch.arange(n, dtype=torch.int32, device=self._search.home)
         self._index = self._order.clone()
         self._count, self._rows = (self._order.new_full((1,), n) for _ in range(2))
         self._points = empty_rows_like(example, n * self._options.probes, example.dtype)
 
     def _prepare(self, capture: bool, draws: bool) -> str:
         """Capture what runs a search, or leave it eager if that cannot be. Returns the mode."""
-        recorder = graphs.graphs_for(self._device) if capture else None
+        recorder = graphs.graphs_for(self._search.home) if capture else None
         if recorder is None:
             return self._build(graphs.Eager())
-        n = len(self._x)
-        sizes = [*(2**k for k in range(n.bit_length()) if 2**k < n), n]
+        sizes = batch_sizes(len(self._x))
         cause = "it draws random numbers in eval mode"
+        outer = sys.exc_info()[1]  # what the caller is handling
         driver: type[graphs.ReplayLoop]
         for driver in () if draws else (graphs.DeviceLoop, graphs.ReplayLoop):
             try:
                 return self._build(driver(recorder, sizes, self._search.least_rounds))
             except Exception as error:
-                cause = _root_cause(error)
+                cause = _root_cause(error, outer)
                 # With a stream that is not capturing:
                 recorder = graphs.graphs_for(self._device) or recorder
         warnings.warn(
@@ -212,6 +216,9 @@ class RadiusEstimator:
         self._run_trace = driver.piece(self._trace)
         self._runs_model = driver.runs_model
         return driver.name
+
+    def _precision(self) -> contextlib.AbstractContextManager[None]:
+        return full_float32() if self._options.tf32 is False else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _in_stream_order(self) -> Iterator[None]:
@@ -235,8 +242,11 @@ def _random_state(device: torch.device) -> Tensor:
     return torch.cat(states)
 
 
-def _root_cause(error: BaseException) -> str:
-    """The error that came first: ending a capture that failed raises another one."""
-    while error.__context__ is not None:
+def _root_cause(error: BaseException, outer: BaseException | None) -> str:
+    """The error that came first: ending a capture that failed raises another one.
+
+    `outer` was there before, and has no part in it.
+    """
+    while error.__context__ is not None and error.__context__ is not outer:
         error = error.__context__
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

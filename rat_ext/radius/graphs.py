@@ -6,9 +6,10 @@ one that repeats it until no row is active (`loop`).
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,10 +19,7 @@ from torch import Tensor
 from ..search.bracket_search import ActiveCount
 
 Piece = Callable[[int], None]  # works on the first so many rows
-
-
 Replay = Callable[[], None]
-
 
 _WARM_UPS = 2  # lazy initialisation and the choice of algorithms cannot be captured
 _CAPTURE_LOCK = threading.Lock()  # CUDA allows one capture at a time in a process
@@ -54,6 +52,9 @@ class CudaGraphs:
     def capture_while(self, count: Tensor, above: int, work: Callable[[], None]) -> Replay:
         if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node"):
             raise RuntimeError(f"torch {torch.__version__} cannot capture a loop on the device")
+        # Work that cannot be captured fails here, where torch knows how to clean up after it, and
+        # not in the body of the loop, where it does not.
+        self._capture(work, lambda graph: work())
         again = torch.zeros((), dtype=torch.bool, device=self.device)
 
         def loop(graph: Any) -> None:
@@ -66,7 +67,13 @@ class CudaGraphs:
             finally:
                 graph.end_capture_to_conditional_node()
 
-        return self._capture(work, loop)
+        replay = self._capture(work, loop)
+
+        def replay_loop(keep: Tensor = again) -> None:
+            # The graph writes to the address of `again`, which nobody else owns.
+            replay()
+
+        return replay_loop
 
     def _capture(self, warm_up: Callable[[], None], record: Callable[[Any], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
@@ -74,8 +81,9 @@ class CudaGraphs:
             self.stream.wait_stream(torch.cuda.current_stream())
             # torch.cuda.graph alone does not put the current stream back when a capture fails.
             with torch.cuda.stream(self.stream):
-                for _ in range(_WARM_UPS):
-                    warm_up()
+                for number in range(_WARM_UPS):
+                    with _no_host_waits() if number else contextlib.nullcontext():
+                        warm_up()
                 # A workspace of cuBLAS belongs to a stream. Drop those there are, so that the
                 # capture takes one from the pool of these graphs, which nothing else uses.
                 torch._C._cuda_clearCublasWorkspaces()
@@ -85,10 +93,41 @@ class CudaGraphs:
                         graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
                     ):
                         record(graph)
+                except Exception:
+                    self._forget_capture()
+                    raise
                 finally:
                     torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.current_stream().wait_stream(self.stream)
         return graph.replay
+
+    def _forget_capture(self) -> None:
+        """After a capture that failed: torch up to 2.11 believes that it is still under way.
+
+        Its allocator goes on giving out memory of the pool, and its random generator refuses to
+        draw. A capture that succeeds, of next to nothing, puts both right.
+        """
+        for name in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"):
+            with contextlib.suppress(Exception):  # torch has one of them, and may have done it
+                getattr(torch._C, name)(self.device.index or 0, self.pool)
+        with contextlib.suppress(Exception), torch.cuda.stream(torch.cuda.Stream(self.device)):
+            nothing = torch.zeros(1, device=self.device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                nothing.zero_()
+
+
+@contextlib.contextmanager
+def _no_host_waits() -> Iterator[None]:
+    """Raise where the host would wait for the device, which a graph cannot record.
+
+    It spares captures that fail, and what they leave behind.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Driver(Protocol):
@@ -123,14 +162,14 @@ class Eager:
 class ReplayLoop:
     """Replays captured steps for batches of set sizes, and polls how many rows are active.
 
-    It does so every `steps_per_poll` steps: what settles in between is a forward in vain.
+    It does so after `sure_steps`, in which no row can settle, and then after each step.
     """
 
     name = "replay loop"
     runs_model = False
 
-    def __init__(self, graphs: Graphs, sizes: Sequence[int], steps_per_poll: int) -> None:
-        self.graphs, self.sizes, self.steps_per_poll = graphs, sizes, steps_per_poll
+    def __init__(self, graphs: Graphs, sizes: Sequence[int], sure_steps: int) -> None:
+        self.graphs, self.sizes, self.sure_steps = graphs, sizes, sure_steps
 
     def size_for(self, rows: int) -> int:
         return self.sizes[bisect_left(self.sizes, rows)]
@@ -143,10 +182,11 @@ class ReplayLoop:
         replay_step = self.piece(step)
         active = ActiveCount(count.device)
 
-        def run(_: int) -> None:
-            while rows := active(count):
-                for _ in range(self.steps_per_poll):
-                    replay_step(rows)
+        def run(rows: int) -> None:
+            for _ in range(self.sure_steps):
+                replay_step(rows)
+            while left := active(count):
+                replay_step(left)
 
         return run
 

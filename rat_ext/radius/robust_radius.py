@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .._common.user_model import Model, check_device, undisturbed
+from .._common.user_model import Model, check_device, full_float32, undisturbed
 from ..attacks.borrowed import AttackRay
 from ..search.attack import Searching
 from ..search.options import Options, SearchOptions, shows_options
@@ -154,5 +154,6 @@ def _ready(model: Model, x: Tensor, options: Options) -> Iterator[tuple[Tensor, 
         x = with_dense_rows(x.detach())
         finite = checked_input(x, options)
         check_device(model, x)
-        with undisturbed(model, x.device):
+        exact = full_float32() if options.tf32 is False else contextlib.nullcontext()
+        with undisturbed(model, x.device), exact:
             yield x, finite

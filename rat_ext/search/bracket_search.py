@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,9 @@ from torch import Tensor
 from .._common.user_model import Model, logits_of
 from .._core import core
 from .options import WIDE, Options
+from .place import launch_arguments, state_device
 from .result import RadiusResult
-from .tensors import empty_rows_like, for_core, launch_arguments, plain
+from .tensors import empty_rows_like, for_core, plain
 
 _COLUMN = {name: i for i, name in enumerate(core.BRACKET_FIELDS)}
 
@@ -53,15 +56,19 @@ class BracketSearch:
 
     In order: `aim` takes the ray of each row, `exclude` gives up some rows, `run` searches, and
     `result` tells what was found. Searches on other rays override `head` and `logits_at`.
+
+    `home` is the device of what the core works on: brackets, gaps, probes, and indices of rows.
     """
 
     def __init__(self, model: Model, x: Tensor, classes: int, options: Options) -> None:
         self.model, self.x, self.options = model, x, options
-        n, dtype, device = len(x), WIDE[x.dtype], x.device
+        self.home = home = state_device(x.device)
+        self.padded_rows = 0
+        n, dtype = len(x), WIDE[x.dtype]
         self.direction = empty_rows_like(x, n, torch.int8)
-        self.brackets = torch.empty(n, len(_COLUMN), dtype=dtype, device=device)
-        self.probes = torch.empty(n, options.probes, dtype=dtype, device=device)
-        self.gaps = torch.empty(n, core.KNOTS * classes, dtype=dtype, device=device)
+        self.brackets = torch.empty(n, len(_COLUMN), dtype=dtype, device=home)
+        self.probes = torch.empty(n, options.probes, dtype=dtype, device=home)
+        self.gaps = torch.empty(n, core.KNOTS * classes, dtype=dtype, device=home)
         self.state = core.State(
             self.brackets,
             self.gaps,
@@ -74,14 +81,14 @@ class BracketSearch:
 
     def aim(self, leaf: Tensor, logits: Tensor, begin: int = 0, retain_graph: bool = False) -> None:
         """Take the ray of rows begin, begin + 1, ... from the logits of `leaf` and their graph."""
-        launch = launch_arguments(self.x)
-        values = for_core(logits, self.x)
+        values = for_core(logits, self.x).to(self.home)
         seed = torch.empty_like(values)
-        core.start(values, seed, self.state, begin, **launch)
+        core.start(values, seed, self.state, begin, **self.launch)
         if self.options.target:
-            seed = runner_up_seed(values, self.predicted(slice(begin, begin + len(leaf))))
+            rows = slice(begin, begin + len(leaf))
+            seed = runner_up_seed(values, self.predicted(rows).to(self.home))
         (gradient,) = torch.autograd.grad(
-            logits, leaf, seed.to(logits.dtype), retain_graph=retain_graph
+            logits, leaf, seed.to(logits.device, logits.dtype), retain_graph=retain_graph
         )
         self.head(gradient, begin)
         if self.options.method == "fast":
@@ -95,49 +102,68 @@ class BracketSearch:
         gradient = plain(gradient)
         if gradient.stride() != x.stride():
             gradient = empty_rows_like(x, len(x), x.dtype).copy_(gradient)
-        core.aim(gradient, x, direction, low, high, self.state, begin, **launch_arguments(x))
+        core.aim(gradient, x, direction, low, high, self.state, begin, **self.launch)
 
     def exclude(self, rows: Tensor) -> None:
         """Give up the first len(rows) rows where the (...,) bool `rows` is True."""
-        self.column("status")[: len(rows)].masked_fill_(rows, core.NOT_FINITE)
+        self.column("status")[: len(rows)].masked_fill_(rows.to(self.home), core.NOT_FINITE)
 
     def compact(self, index: Tensor, count: Tensor) -> None:
         """Move the active ones of the first `count` rows in `index` to its front; update count."""
-        core.compact(index, self.state, index, count, count, **launch_arguments(self.x))
+        core.compact(index, self.state, index, count, count, **self.launch)
 
     def step(self, index: Tensor, points: Tensor, count: Tensor) -> None:
         """Probe the rows in `index`; those beyond the (1,) int32 `count` do not change."""
-        logits = self.logits_at(index, self.probes, points, count)
-        launch = launch_arguments(self.x)
+        logits = self.logits_at(index, self.probes, points, count).to(self.home)
         if self.options.method == "fast":
-            core.extrapolate(logits, index, self.options.h, self.state, count, **launch)
+            core.extrapolate(logits, index, self.options.h, self.state, count, **self.launch)
         else:
-            core.advance(logits, index, self.state, count, **launch)
+            core.advance(logits, index, self.state, count, **self.launch)
 
     def logits_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> Tensor:
         """Logits of the rows in `index` at each of their `radii`; `points` is room for them."""
         low, high = self.options.low, self.options.high
         points = points[: len(index) * radii.shape[1]]
-        launch = launch_arguments(self.x)
-        core.perturb(self.x, self.direction, index, radii, low, high, points, count, **launch)
+        core.perturb(self.x, self.direction, index, radii, low, high, points, count, **self.launch)
         return for_core(logits_of(self.model(points), len(points)), self.x)
 
     def run(self) -> None:
         """Probe until no row is active. Finished rows leave the batch, and waiting ones fill it."""
-        n, device = len(self.x), self.x.device
-        index = torch.arange(n, dtype=torch.int32, device=device)
-        count = torch.full((1,), n, dtype=torch.int32, device=device)
-        active = ActiveCount(device, total=n, sure=self.least_rounds)
-        rows = max(1, min(self.options.batch_size or n, n) // self.options.probes)
-        points = empty_rows_like(self.x, rows * self.options.probes, self.x.dtype)
+        n, probes = len(self.x), self.options.probes
+        index = torch.arange(n, dtype=torch.int32, device=self.home)
+        count = torch.full((1,), n, dtype=torch.int32, device=self.home)
+        active = ActiveCount(self.home, total=n, sure=self.least_rounds)
+        rows = max(1, min(self.options.batch_size or n, n) // probes)
+        sizes = batch_sizes(rows) if self.pads else range(1, rows + 1)
+        points = empty_rows_like(self.x, rows * probes, self.x.dtype).zero_()
         while True:
             self.compact(index, count)
-            index = index[: active(count)]
-            if not len(index):
+            alive = active(count)
+            if not alive:
                 return
+            whole, rest = divmod(alive, rows)
+            run = min(len(index), whole * rows + (sizes[bisect_left(sizes, rest)] if rest else 0))
+            self.padded_rows += (run - alive) * probes
+            index = index[:run]
             for i, part in enumerate(index.split(rows)):
                 left = count if i == 0 else (count - i * rows).clamp_min_(0)
                 self.step(part, points, left)
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """How the core is run."""
+        return launch_arguments(self.home)
+
+    @property
+    def pads(self) -> bool:
+        """Batches come in few sizes, because the model is planned or compiled for each anew.
+
+        Rows that are settled fill them up; they are counted in `padded_rows`.
+        """
+        compiled = hasattr(self.model, "_orig_mod") or hasattr(
+            self.model, "_torchdynamo_orig_callable"
+        )
+        return compiled or self.x.device.type != "cpu"
 
     @property
     def least_rounds(self) -> int:
@@ -157,7 +183,7 @@ class BracketSearch:
     def predicted(self, rows: slice | Tensor) -> Tensor:
         """int64: the classes at radius 0 of some rows; any class for those that are not finite."""
         classes = self.gaps.shape[1] // core.KNOTS
-        return self.column("prediction")[rows].long().clamp_(0, classes - 1)
+        return self.column("prediction")[rows].long().clamp_(0, classes - 1).to(self.x.device)
 
     def resolved(self, lower: Tensor, upper: Tensor, found: Tensor) -> Tensor:
         """Whether a bracket is as narrow as was asked for; the whole ray, where nothing flipped."""
@@ -166,7 +192,8 @@ class BracketSearch:
 
     def result(self, rows: int | None = None) -> RadiusResult:
         """The results of the first `rows` rows, of all by default."""
-        column = {name: self.column(name)[:rows] for name in _COLUMN}
+        brackets = self.brackets[:rows].to(self.x.device)
+        column = {name: brackets[:, i] for name, i in _COLUMN.items()}
         status = column["status"]
         finite = status != core.NOT_FINITE
         lower = column["lower"].where(finite, math.nan)
@@ -186,9 +213,17 @@ class BracketSearch:
             backward_rows=torch.zeros_like(status, dtype=torch.int64),
             won=torch.zeros_like(status, dtype=torch.int64),
             worst_case_rows=self.state.max_rows() if searched else 0,
+            padded_rows=self.padded_rows,
             norm=self.options.norm,
             attacks=tuple(attack.name for attack in self.options.attacks),
         )
+
+
+def batch_sizes(most: int) -> list[int]:
+    """The few sizes that batches come in: 1, 2, 3, 4, 6, 8, 12, ... and the most."""
+    powers = [2**k for k in range(most.bit_length())]
+    sizes = sorted({*powers, *(3 * p // 2 for p in powers[1:])})
+    return [*(size for size in sizes if size < most), most]
 
 
 def runner_up_seed(logits: Tensor, prediction: Tensor) -> Tensor:

@@ -80,6 +80,10 @@ def _count(value: Any) -> str | None:
     return None if value is None or value >= 1 else "it must be at least 1, or None"
 
 
+def _tf32(value: Any) -> str | None:
+    return None if value in (None, False) else "it must be None (as torch is set) or False"
+
+
 def _probes(value: Any) -> str | None:
     return None if 1 <= value <= MAX_PROBES else f"it must be from 1 to {MAX_PROBES}"
 
@@ -179,6 +183,16 @@ class SearchOptions(TypedDict, total=False):
             "from the prediction. Any change of the prediction still counts.",
         ),
     ]
+    tf32: Annotated[
+        bool | None,
+        Option(
+            None,
+            "False multiplies float32 numbers in float32 on a GPU, around the model alone. By "
+            "default radii are those of the model as torch is set to run it, which on NVIDIA's "
+            "Ampere and later is TF32 for convolutions: coarser (docs/measurements/precision.md).",
+            _tf32,
+        ),
+    ]
     steps: Annotated[
         int | None,
         Option(
@@ -265,6 +279,7 @@ class Options:
     attacks: tuple[Attack, ...]
     target: str | None
     steps: int | None
+    tf32: bool | None
 
     @property
     def norm(self) -> Norm:
@@ -329,6 +344,7 @@ class Options:
             attacks=attacks,
             target=value["target"],
             steps=value["steps"],
+            tf32=value["tf32"],
         )
 
 

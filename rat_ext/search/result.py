@@ -59,6 +59,9 @@ class RadiusResult:
     won: Tensor
     """int64: which of ``attacks`` found the radius."""
     worst_case_rows: int = 0
+    padded_rows: int = 0
+    """Forward rows of all samples together that were run in vain, so that batches come in few
+    sizes: on a GPU, and for compiled models."""
     norm: str = "linf"
     """Of the radius: "linf" or "l2"."""
     attacks: tuple[str, ...] = ("fgsm",)
@@ -117,6 +120,7 @@ def concatenate(results: Sequence[RadiusResult]) -> RadiusResult:
     for name, value in values.items():
         if isinstance(value, Tensor):
             values[name] = torch.cat([getattr(result, name) for result in results])
+    values["padded_rows"] = sum(result.padded_rows for result in results)
     return RadiusResult(**values)
 
 
@@ -166,7 +170,7 @@ def smallest(results: Sequence[RadiusResult]) -> RadiusResult:
         return sum(getattr(result, name) for result in results)
 
     chosen = ("radius", "lower", "upper", "found", "resolved", "prediction", "flipped_to")
-    summed = ("forward_rows", "backward_rows", "fallbacks", "worst_case_rows")
+    summed = ("forward_rows", "backward_rows", "fallbacks", "worst_case_rows", "padded_rows")
     values: dict[str, Any] = {name: of_winner(name) for name in chosen}
     values.update({name: total(name) for name in summed})
     return replace(results[0], won=won, **values)

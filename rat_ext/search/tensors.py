@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from .._common.user_model import Model, logits_of
 from .._core import core
 from .options import WIDE, Options
+from .place import launch_arguments, runs_core
 
 
 def differentiable_logits(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,12 +43,12 @@ def input_flags(x: Tensor, options: Options) -> Tensor:
     What rounding moves out of the bounds counts as inside: points of the ray are clipped anyway.
     """
     bounds = options.bounds
-    if not bounds.uniform:
+    if not bounds.uniform or not runs_core(x.device):
         flags = bounds.outside(x).to(torch.uint8).mul_(core.INPUT_OUTSIDE)
         return flags.masked_fill_(~x.flatten(1).isfinite().all(1), core.INPUT_NOT_FINITE)
     flags = torch.empty(len(x), dtype=torch.uint8, device=x.device)
     slack = bounds.slack(x.dtype)
-    core.inspect(x, bounds.low - slack, bounds.high + slack, flags, **launch_arguments(x))
+    core.inspect(x, bounds.low - slack, bounds.high + slack, flags, **launch_arguments(x.device))
     return flags
 
 
@@ -89,10 +89,3 @@ def empty_rows_like(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(
         (rows, *x.shape[1:]), (elements, *x.stride()[1:]), dtype=dtype, device=x.device
     )
-
-
-def launch_arguments(x: Tensor) -> dict[str, Any]:
-    """How the core runs on x's device: on torch's current stream, or with its threads."""
-    if x.device.type == "cuda":
-        return {"stream": torch.cuda.current_stream(x.device).cuda_stream}
-    return {"threads": torch.get_num_threads()}
