@@ -24,7 +24,7 @@ from torch import Tensor
 from ._common.resolution import least_step
 from ._common.user_model import Model, check_device, full_float32, logits_of, undisturbed
 from .search.options import WIDE, Options, SearchOptions, shows_options
-from .search.result import RadiusResult, concatenate, warn_about
+from .search.result import RadiusResult, concatenate, problems, warn_about
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,7 +87,7 @@ def robust_radius(
         with undisturbed(model, x.device), exact:
             chunks = x.split(chosen.batch_size or len(x))
             result = concatenate([method(model, chunk, chosen) for chunk in chunks])
-    warn_about(result, stacklevel=2)
+    warn_about(problems(result).tolist(), len(result), stacklevel=2)
     return result if full else result.radius
 
 

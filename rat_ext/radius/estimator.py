@@ -11,6 +11,7 @@ left.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import threading
 import warnings
@@ -18,9 +19,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._common.user_model import Model, check_device, full_float32, undisturbed
+from .._core import core
 from ..attacks.rays import fgsm
 from ..search.bracket_search import batch_sizes
 from ..search.options import Options, SearchOptions, shows_options
@@ -47,8 +49,8 @@ class RadiusEstimator:
     Every call returns what ``robust_radius(model, x, full=True)`` does, for any number of rows, and
     keeps its promises. On a GPU the model is captured at construction, in eval mode and under the
     autocast of that moment, and calls replay it. Its parameters may change in place (by an
-    optimizer or ``load_state_dict``); after moving, casting or editing the model, make a new
-    estimator. A model that cannot be captured, because its control flow depends on the data or it
+    optimizer or ``load_state_dict``); where they are re-assigned, the next call captures anew.
+    After moving, casting or editing the model, make a new estimator. A model that cannot be captured, because its control flow depends on the data or it
     draws random numbers in eval mode, runs eagerly after one RuntimeWarning. On the CPU nothing is
     captured; only the buffers are kept from call to call.
 
@@ -114,6 +116,7 @@ class RadiusEstimator:
                 del logits
                 self._trace(len(example))
                 self.mode = self._prepare(capture, draws)
+                self._addresses = self._parameter_addresses()
 
     def __call__(self, x: Tensor) -> RadiusResult:
         """The results of (N, ...) inputs like the example, for any N; see `robust_radius`."""
@@ -129,15 +132,24 @@ class RadiusEstimator:
         if not len(x):
             return RadiusResult.empty(x, self._options)
         with torch.inference_mode(False), torch.no_grad(), self._lock, self._in_stream_order():
-            if self._check_input:
+            if self._check_input and self._done is None:  # a GPU is asked once, at the end
                 checked_input(with_dense_rows(x.detach()), self._options)
+            addresses = self._parameter_addresses()
+            if not self._runs_model and addresses != self._addresses:
+                # Graphs would go on with the memory of parameters that were re-assigned.
+                with undisturbed(self._model, self._device), self._precision():
+                    self.mode = self._prepare(capture=True, draws=False)
+                self._addresses = addresses
             # A replay runs no Python of the model, so there is nothing to put back.
             runs = undisturbed(self._model, self._device) if self._runs_model else _NOTHING
             with runs, self._precision():
-                results = [self._search_rows(rows) for rows in x.split(len(like))]
+                results, counts = [], [0, 0]
+                for part in x.split(len(like)):
+                    results.append(self._search_rows(part))
+                    if self._check_input:
+                        counts = [a + b for a, b in zip(counts, self._checked(part), strict=True)]
         result = concatenate(results) if len(results) > 1 else results[0]
-        if self._check_input:
-            warn_about(result, stacklevel=2)
+        warn_about(counts, len(x), stacklevel=2)
         return result
 
     def _search_rows(self, x: Tensor) -> RadiusResult:
@@ -146,7 +158,16 @@ class RadiusEstimator:
         self._rows.fill_(rows)
         self._run_trace(rows)
         self._run_search(rows)
-        return self._search.result(rows)
+        self._run_finish(rows)
+        return self._outputs.read(rows)
+
+    def _checked(self, x: Tensor) -> list[int]:
+        """The problems of the rows just searched; raises if some are out of bounds."""
+        outside, *counts = self._problems.tolist()
+        if outside:
+            rows = self._flags[: len(x)] == core.INPUT_OUTSIDE
+            raise self._options.bounds.error(x[rows], len(x))
+        return counts
 
     # What is captured: work on the first `rows` rows of the buffers, none of which the host reads.
 
@@ -156,8 +177,8 @@ class RadiusEstimator:
         leaf, logits = differentiable_logits(search.model, self._x[:rows])
         search.aim(leaf, logits)
         padding = self._order[:rows] >= self._rows
-        bad = input_flags(self._x[:rows], self._options) != 0
-        search.exclude(bad.to(padding.device) | padding)
+        flags = self._flags[:rows].copy_(input_flags(self._x[:rows], self._options))
+        search.exclude((flags != 0).to(padding.device) | padding)
         self._index[:rows].copy_(self._order[:rows])
         self._count.fill_(rows)
         search.compact(self._index[:rows], self._count)
@@ -166,6 +187,18 @@ class RadiusEstimator:
         index = self._index[:rows]
         self._search.step(index, self._points, self._count)
         self._search.compact(index, self._count)
+
+    def _finish(self, rows: int) -> None:
+        """Write the results, and what is wrong with the rows that are no padding."""
+        result = self._search.result(rows)
+        self._outputs.write(result)
+        given = self._order[:rows].to(self._device) < self._rows.to(self._device)
+        outside = self._flags[:rows] == core.INPUT_OUTSIDE
+        unknown = result.radius.isnan() & given
+        coarse = ~result.resolved & ~unknown & given
+        self._problems.copy_(
+            torch.stack([each.sum() for each in (outside & given, unknown, coarse)])
+        )
 
     # ---- construction ----------------------------------------------------------------------------
 
@@ -186,6 +219,9 @@ class RadiusEstimator:
         self._index = self._order.clone()
         self._count, self._rows = (self._order.new_full((1,), n) for _ in range(2))
         self._points = empty_rows_like(example, n * self._options.probes, example.dtype)
+        self._flags = torch.zeros(n, dtype=torch.uint8, device=self._device)
+        self._problems = torch.zeros(3, dtype=torch.int64, device=self._device)
+        self._outputs = _Outputs(self._search.result())
 
     def _prepare(self, capture: bool, draws: bool) -> str:
         """Capture what runs a search, or leave it eager if that cannot be. Returns the mode."""
@@ -214,8 +250,14 @@ class RadiusEstimator:
     def _build(self, driver: graphs.Driver) -> str:
         self._run_search = driver.loop(self._step, self._count)
         self._run_trace = driver.piece(self._trace)
+        self._run_finish = driver.piece(self._finish)
         self._runs_model = driver.runs_model
         return driver.name
+
+    def _parameter_addresses(self) -> list[int]:
+        if not isinstance(self._model, nn.Module):
+            return []
+        return [t.data_ptr() for t in (*self._model.parameters(), *self._model.buffers())]
 
     def _precision(self) -> contextlib.AbstractContextManager[None]:
         return full_float32() if self._options.tf32 is False else contextlib.nullcontext()
@@ -232,6 +274,35 @@ class RadiusEstimator:
             yield
         finally:
             self._done.record(stream)
+
+
+class _Outputs:
+    """Room for the results of a batch, one tensor for each dtype: a few copies take them out."""
+
+    def __init__(self, like: RadiusResult) -> None:
+        self._like = like
+        self._names: dict[torch.dtype, list[str]] = {}
+        for field in dataclasses.fields(like):
+            if isinstance(value := getattr(like, field.name), Tensor):
+                self._names.setdefault(value.dtype, []).append(field.name)
+        self._rooms = {
+            dtype: torch.zeros(len(names), len(like), dtype=dtype, device=like.radius.device)
+            for dtype, names in self._names.items()
+        }
+
+    def write(self, result: RadiusResult) -> None:
+        for dtype, names in self._names.items():
+            values = [getattr(result, name) for name in names]
+            self._rooms[dtype][:, : len(result)].copy_(torch.stack(values))
+
+    def read(self, rows: int) -> RadiusResult:
+        """The first rows, in memory of their own."""
+        values = {
+            name: value
+            for dtype, names in self._names.items()
+            for name, value in zip(names, self._rooms[dtype][:, :rows].clone(), strict=True)
+        }
+        return dataclasses.replace(self._like, **values)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ from .._common.user_model import Model, check_device, full_float32, undisturbed
 from ..attacks.borrowed import AttackRay
 from ..search.attack import Searching
 from ..search.options import Options, SearchOptions, shows_options
-from ..search.result import RadiusResult, best, warn_about
+from ..search.result import RadiusResult, best, problems, warn_about
 from ..search.tensors import checked_input, differentiable_logits, with_dense_rows
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def robust_radius(
         with _ready(model, x, chosen) as (x, finite):
             found = [_searched(model, x, chosen.only(each), finite) for each in chosen.attacks]
         result = found[0] if len(found) == 1 else best(found)
-    warn_about(result, stacklevel=2)
+    warn_about(problems(result).tolist(), len(result), stacklevel=2)
     return result if full else result.radius
 
 
@@ -102,7 +102,7 @@ def temperature_sweep(
             _swept(model, x, [run.only(each) for run in runs], finite) for each in runs[0].attacks
         ]
     results = [best(results) for results in zip(*by_attack, strict=True)]
-    warn_about(results[0], stacklevel=2)
+    warn_about(problems(results[0]).tolist(), len(x), stacklevel=2)
     return results
 
 

@@ -132,28 +132,27 @@ class LoaderRadii(NamedTuple):
     target: Tensor | None
 
 
-def warn_about(result: RadiusResult, stacklevel: int) -> None:
-    """One warning for the rows that are not finite, and one for those that are not resolved.
+def problems(result: RadiusResult) -> Tensor:
+    """(2,) int64: how many rows are not finite, and how many of the others are not resolved."""
+    unknown = result.radius.isnan()
+    return torch.stack([unknown.sum(), (~result.resolved & ~unknown).sum()])
+
+
+def warn_about(counts: Sequence[int], rows: int, stacklevel: int) -> None:
+    """A warning for each of the `problems` that some of so many rows have.
 
     `stacklevel` is that of `warnings.warn`, counted from the caller.
     """
-    unknown = result.radius.isnan()
-    coarse = ~result.resolved & ~unknown
-    for rows, what in (
-        (unknown, "inputs, logits or gradients that are not finite; their radius is nan"),
-        (
-            coarse,
-            "a bracket that is wider than rtol asks for, because the dtype of the input has no "
-            "finer steps or the search was given up; `resolved` of the full result tells which. "
-            "Inputs of a wider dtype have finer steps",
-        ),
-    ):
-        if count := int(rows.sum()):
-            warnings.warn(
-                f"{count} of {len(result)} rows have {what}",
-                RuntimeWarning,
-                stacklevel=stacklevel + 1,
-            )
+    texts = (
+        "inputs, logits or gradients that are not finite; their radius is nan",
+        "a bracket that is wider than rtol asks for, because the dtype of the input has no finer "
+        "steps or the search was given up; `resolved` of the full result tells which. Inputs of a "
+        "wider dtype have finer steps",
+    )
+    for count, text in zip(counts, texts, strict=True):
+        if count:
+            message = f"{count} of {rows} rows have {text}"
+            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel + 1)
 
 
 def smallest(results: Sequence[RadiusResult]) -> RadiusResult:
