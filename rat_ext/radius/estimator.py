@@ -50,9 +50,10 @@ class RadiusEstimator:
     keeps its promises. On a GPU the model is captured at construction, in eval mode and under the
     autocast of that moment, and calls replay it. Its parameters may change in place (by an
     optimizer or ``load_state_dict``); where they are re-assigned, the next call captures anew.
-    After moving, casting or editing the model, make a new estimator. A model that cannot be captured, because its control flow depends on the data or it
-    draws random numbers in eval mode, runs eagerly after one RuntimeWarning. On the CPU nothing is
-    captured; only the buffers are kept from call to call.
+    After moving, casting or editing the model, make a new estimator. A model that cannot be
+    captured, because its control flow depends on the data or it draws random numbers in eval mode,
+    runs eagerly after one RuntimeWarning. On the CPU nothing is captured; only the buffers are kept
+    from call to call.
 
     Calls from several threads take turns, and calls on several CUDA streams follow one another. For
     searches at the same time make an estimator for each stream.
