@@ -91,7 +91,9 @@ def margin_step(model, x, y):
 
 def waves(_, x, __):
     """A user's attack that looks at no model: its rays cross where they like."""
-    return x + torch.sin(37 * x + torch.arange(x[0].numel()).view(x.shape[1:]))
+    return x + torch.sin(
+        (37 * x).nan_to_num(0, 0, 0) + torch.arange(x[0].numel()).view(x.shape[1:])
+    )
 
 
 def stays(_, x, __):

@@ -213,12 +213,13 @@ def check_exact(tally: Tally, ray: Ray, result, asked: Tensor) -> None:
     exact = Ray((ray.nets[1],) * 2, ray.x.double(), ray.direction, ray.options)
     tolerance = ray.options.rtol * result.upper.double()
     bad = rounding = torch.zeros_like(asked)
-    for sign, radius in ((1, result.lower - tolerance), (-1, result.upper + tolerance)):
-        radius = radius.clamp_min(0).where(asked, 0)
-        margin, _ = exact.margin(result.prediction, radius)
-        _, band = ray.margin(result.prediction, radius)
-        this = asked & (sign * margin < 0)
-        bad, rounding = bad | this, rounding | (this & (margin.abs() <= band))
+    for sign, end in ((1, result.lower), (-1, result.upper)):
+        nowhere, close = asked, torch.zeros_like(asked)
+        for radius in (end, (end - sign * tolerance).clamp_min(0)):
+            margin, _ = exact.margin(result.prediction, radius.where(asked, 0))
+            _, band = ray.margin(result.prediction, radius.where(asked, 0))
+            nowhere, close = nowhere & (sign * margin < 0), close | (margin.abs() <= band)
+        bad, rounding = bad | nowhere, rounding | (nowhere & close)
     tally.check("off", bad, rounding)
 
 
