@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,21 +13,47 @@ from torch import Tensor, nn
 Model = Callable[[Tensor], Any]
 
 
+_CHANGING = threading.RLock()
+"""Held while a model is in another mode than its owner left it in. One for all models, because
+models may share modules, and because threads that each hold the lock of one model and wait for that
+of the other would wait forever."""
+
+
 @contextlib.contextmanager
 def undisturbed(model: Model, device: torch.device) -> Iterator[None]:
-    """Run the model in eval mode, then put back every module's mode and the random state."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    training = [module for module in modules if module.training]
+    """Run the model in eval mode, then put back every module's mode and the random state.
+
+    Threads may share a model. Of models that are in training mode, one thread at a time runs one,
+    and the others wait; models that are wholly in eval mode run side by side. The thread that
+    enters this block has to leave it.
+
+    What is not kept apart: a thread that trains the model meanwhile finds it in eval mode. And
+    torch's random state is one for all threads: putting it back undoes what other threads drew
+    meanwhile, and a model that draws in eval mode, in several threads, may leave another state.
+    """
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            # Set flag by flag rather than by eval(), which a model may override with side effects.
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    with _in_eval_mode(model), torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: Model) -> Iterator[None]:
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    with contextlib.ExitStack() as stack:
+        with _CHANGING:  # else another thread's eval mode would be taken for the model's own
+            # A module that torch.jit.freeze made has no mode: it is as in eval mode for good.
+            training = [module for module in modules if getattr(module, "training", False)]
+            if training:
+                stack.enter_context(_CHANGING)  # once more: until the modes are put back
+                stack.callback(_set_mode, training, True)
+                _set_mode(training, False)
+        yield
+
+
+def _set_mode(modules: list[nn.Module], training: bool) -> None:
+    # Flag by flag rather than by train(), which a model may override with side effects.
+    for module in modules:
+        module.training = training
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from .. import models
-from .._common.storage import write_whole
 from ..training import Recipe, train
+from ..training.checkpoint import write_tensors
 from .inputs import Commands, Formatter, add_data, add_fields, add_model, load_data, use_device
 
 _RECIPE_HELP = {
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
             recipe,
             validation=test,
             out=options.out,
+            name=options.model,
             workers=options.workers,
             tensorboard=options.tensorboard,
         )
@@ -78,6 +79,8 @@ def run(options: argparse.Namespace) -> None:
             "classes": list(data.classes),
         }
         path = options.out / "model.pt"
-        write_whole(path, lambda temporary: torch.save(state, temporary))
-        accuracy = result.history[-1]["validation_accuracy"]
-        print(f"Test accuracy {100 * accuracy:.2f} %. Model: {path}")
+        write_tensors(path, state)
+        # Of a run that train() began without a validation, and that was finished, there is none.
+        accuracy = result.history[-1].get("validation_accuracy")
+        shown = "" if accuracy is None else f"Test accuracy {100 * accuracy:.2f} %. "
+        print(f"{shown}Model: {path}")

@@ -14,19 +14,22 @@ from .architectures import Normalized
 
 
 def name_in(path: str | Path) -> str | None:
-    """The name of the model that a checkpoint of ``rat-ext train`` is of; None for others.
+    """The name of the model in a file of ``rat-ext train``, model.pt or last.pt; None for others.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a checkpoint.
     """
     content = _read(Path(path))
-    name = content.get("model") if isinstance(content, Mapping) else None
-    return name if isinstance(name, str) else None
+    if not isinstance(content, Mapping):
+        return None
+    # "name" in last.pt, where "model" has the weights.
+    names = (content.get(key) for key in ("name", "model"))
+    return next((name for name in names if isinstance(name, str)), None)
 
 
 def classes_in(path: str | Path) -> tuple[str, ...] | None:
-    """The names of the classes in a checkpoint of ``rat-ext train``; None for others.
+    """The names of the classes in a file of ``rat-ext train`` or `training.train`; else None.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -43,7 +46,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     The file is a state dict, or a dict with one under "state_dict", "model_state_dict" or "model",
     saved by torch.save (read with ``weights_only=True``) or as .safetensors. The prefixes of
     DistributedDataParallel and torch.compile are dropped. Weights of the bare network are loaded
-    behind the normalisation of a `Normalized` model.
+    behind the normalisation of a `Normalized` model. Of a checkpoint of `training.train` the
+    averaged weights are loaded where there are some: they are what that run returns.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -79,13 +83,17 @@ def _read(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, unpickling ones among them
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not a checkpoint of tensors alone: {reason}") from error
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
     state = _read(path)
     if isinstance(state, Mapping):
+        if "recipe" in state and isinstance(state.get("ema"), Mapping):  # of training.train
+            averaged = dict(state["ema"])
+            averaged.pop("n_averaged", None)  # AveragedModel's own
+            state = {"state_dict": averaged}
         for key in ("state_dict", "model_state_dict", "model"):
             if isinstance(state.get(key), Mapping):
                 state = state[key]

@@ -37,15 +37,17 @@ def train(
     *,
     validation: Labelled | None = None,
     out: str | Path | None = None,
+    name: str | None = None,
     workers: int = 0,
     tensorboard: bool = False,
     progress: bool = True,
 ) -> Trained:
     """Train a classifier of pixels in [0, 1], in place, on the device that it is on.
 
-    With ``out`` each epoch ends with a checkpoint, and a call with the same recipe goes on from the
-    last one; the result is that of a run which was not interrupted, bit for bit where the device's
-    kernels are deterministic. The global random state is left as it was.
+    With ``out`` each epoch ends with a checkpoint, and a call with the same recipe, data and model
+    goes on from the last one; the result is that of a run which was not interrupted, bit for bit
+    where the device's kernels are deterministic. `models.load_weights` reads from the checkpoint
+    what would be returned then. The global random state is left as it was.
 
     Args:
         model: from (N, C, H, W) pixels to (N, classes) logits, with its normalisation inside.
@@ -53,22 +55,30 @@ def train(
         recipe: how to train.
         validation: to report accuracy on, each epoch.
         out: folder for last.pt (the checkpoint) and history.csv.
+        name: of the model, as for `models.create`; the checkpoint then holds it, so that the
+            command line needs no ``--model`` with it.
         workers: processes that load data; for data sets that decode files.
         tensorboard: also log to ``out``/tensorboard.
         progress: show a tqdm bar on standard error.
 
     Raises:
-        ValueError: ``out`` has a checkpoint of another recipe; the batch cannot be shared equally.
+        TypeError: the model is not an nn.Module.
+        ValueError: ``out`` has a checkpoint that is damaged, or of another recipe, data set or
+            model; the model has nothing to train, a data set no samples; the batch cannot be shared
+            equally.
         FloatingPointError: the loss is not finite. The last checkpoint is kept.
+        OSError: a checkpoint cannot be written. The last one is kept.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if recipe.batch_size % world:
         raise ValueError(f"batch_size is {recipe.batch_size}; {world} processes cannot share it")
     if tensorboard and out is None:
         raise ValueError("tensorboard needs the folder out to log to")
-    device = next(model.parameters()).device
+    if not len(data) or (validation is not None and not len(validation)):
+        raise ValueError(f"the {'validation ' if len(data) else ''}data has no samples")
+    device = _device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        run = Run(model, data, recipe, device, rank, world)
+        run = Run(model, data, recipe, device, rank, world, name)
         checkpoint = writer = None
         if out is not None:
             checkpoint = Path(out) / "last.pt"
@@ -93,6 +103,18 @@ def train(
         if run.ema is not None:
             model.load_state_dict(run.ema.module.state_dict())
     return Trained(model.eval(), run.history)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; only an nn.Module can be trained")
+    trained = next((p for p in model.parameters() if p.requires_grad), None)
+    if trained is None:
+        raise ValueError(
+            "the model has no parameters that require a gradient, so there is nothing to train. Is "
+            "it frozen? Give model.requires_grad_(), or the model before torch.jit.freeze"
+        )
+    return trained.device
 
 
 def _bar(run: Run, shown: bool) -> tqdm[Any]:

@@ -99,7 +99,8 @@ class RATLoss:
 
         Raises:
             TypeError: the model is not an nn.Module, x is not floating-point.
-            ValueError: x out of bounds, model and x on different devices, t of another shape.
+            ValueError: x out of bounds, model and x on different devices, t of another shape; the
+                logits do not depend on x through autograd.
         """
         self._check(model, x, t)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -114,7 +115,17 @@ class RATLoss:
             clean = F.cross_entropy(values, t)
             seed = _cross_entropy_gradient(values.detach(), t).to(logits.dtype)
             wanted = parameters if training else []
-            gradient, *kept = torch.autograd.grad(logits, [leaf, *wanted], seed, allow_unused=True)
+            gradient, kept = None, []
+            if logits.requires_grad:
+                gradient, *kept = torch.autograd.grad(
+                    logits, [leaf, *wanted], seed, allow_unused=True
+                )
+            if gradient is None:
+                raise ValueError(
+                    "the logits do not depend on the input through autograd, so there is no "
+                    "direction to perturb it in. Is the model's forward under no_grad, or does it "
+                    "detach? Train it with plain cross-entropy, or let gradients reach the input"
+                )
         clean = clean.detach()
 
         with torch.no_grad():
@@ -208,5 +219,6 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        present = iter(torch._foreach_mul([g for g in ctx.gradients if g is not None], grad))
+        known = [g for g in ctx.gradients if g is not None]
+        present = iter(torch._foreach_mul(known, grad) if known else ())
         return None, None, *(None if g is None else next(present) for g in ctx.gradients)

@@ -6,6 +6,7 @@ import csv
 import inspect
 import math
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .._common.storage import write_whole
 from .._common.user_model import logits_of
 from ..datasets import Labelled, batches
+from . import checkpoint, identity
 from .augmentation import AUGMENTATIONS, mixup
 from .recipe import Recipe
 
@@ -35,9 +36,12 @@ class Run:
         device: torch.device,
         rank: int,
         world: int,
+        name: str | None = None,
     ) -> None:
         self.model, self.data, self.recipe, self.device = model, data, recipe, device
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.name = rank, world, name
+        if len(data) < world:
+            raise ValueError(f"{len(data)} samples cannot be shared by {world} process(es)")
         self.epoch = 0
         self.history: list[dict[str, float]] = []
         self.batch_size = min(recipe.batch_size, len(data) // world * world)
@@ -77,6 +81,11 @@ class Run:
                 x, t = mixup(x, t, self.recipe.mixup, len(self.data.classes))
             self.optimizer.zero_grad()
             loss, logits = self._loss(x, t)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss does not depend on the model's parameters through autograd, so there "
+                    "is nothing to train. Is the model's forward under no_grad, or does it detach?"
+                )
             loss.backward()
             self.optimizer.step()
             if self.ema is not None:
@@ -142,38 +151,58 @@ class Run:
                     dist.all_reduce(buffer)
                     buffer /= self.world
 
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells this run from others, but for the model's shapes."""
+        return {
             "recipe": asdict(self.recipe),
+            "name": self.name,
+            "classes": list(map(str, self.data.classes)),
+            "data": identity.of_data(self.data),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint, and the history beside it.
+
+        Raises:
+            OSError: they cannot be written. The last checkpoint is kept.
+        """
+        state = {
+            **self.identity,
             "epoch": self.epoch,
             "history": self.history,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
-        write_whole(path, lambda temporary: torch.save(state, temporary))
-        write_whole(path.with_name("history.csv"), self._write_history)
+        checkpoint.write_tensors(path, state)
+        checkpoint.write(path.with_name("history.csv"), self._write_history)
 
     def _write_history(self, path: Path) -> None:
+        # Of all epochs: the first ones may have been without a validation.
+        columns = dict.fromkeys(name for row in self.history for name in row)
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.history[0].keys())
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.history)
 
     def restore(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        mine = asdict(self.recipe)
-        if changed := [name for name in mine if mine[name] != state["recipe"].get(name)]:
-            what = ", ".join(f"{n} was {state['recipe'].get(n)}, is {mine[n]}" for n in changed)
-            raise ValueError(
-                f"{path} is of another recipe ({what}); use the same, or another output folder"
-            )
-        self.epoch, self.history = state["epoch"], state["history"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it is damaged, or of another recipe, data set or model.
+            OSError: it cannot be read.
+        """
+        state = checkpoint.read(path)
+        identity.check(path, state, {**self.identity, "model": self.model.state_dict()})
+        try:
+            self.epoch, self.history = int(state["epoch"]), list(state["history"])
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise checkpoint.damaged(path, error) from error
 
 
 def _parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:

@@ -119,6 +119,40 @@ def test_common_checkpoint_layouts(tmp_path: Path, layout: str) -> None:
     assert torch.equal(model(x), source(x))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_averaged_weights_of_a_run_are_loaded(tmp_path: Path, compiled: bool) -> None:
+    trained, averaged, model = (models.create("digits-cnn") for _ in range(3))
+    prefix, path = "_orig_mod." if compiled else "", tmp_path / "last.pt"
+    ema = {f"module.{prefix}{key}": value for key, value in averaged.state_dict().items()}
+    state = {
+        "recipe": {"ema": 0.9},
+        "model": {prefix + key: value for key, value in trained.state_dict().items()},
+        "ema": {"n_averaged": torch.tensor(3), **ema},
+    }
+    x = torch.rand(2, 1, 8, 8)
+    torch.save(state, path)
+    models.load_weights(model, path)
+    assert torch.equal(model(x), averaged(x))
+    torch.save({**state, "ema": None}, path)
+    models.load_weights(model, path)
+    assert torch.equal(model(x), trained(x))
+
+
+def test_names_in_either_file_of_a_run(tmp_path: Path) -> None:
+    path, weights = tmp_path / "weights.pt", models.create("digits-cnn").state_dict()
+    for content, name, classes in [
+        ({"state_dict": weights, "model": "digits-cnn", "classes": ["a", "b"]}, "digits-cnn", 2),
+        ({"model": weights, "name": "digits-cnn", "classes": ["a", "b"]}, "digits-cnn", 2),
+        ({"model": weights, "name": None}, None, 0),
+        ({"model": weights}, None, 0),
+        (weights, None, 0),
+        ([1], None, 0),
+    ]:
+        torch.save(content, path)
+        assert models.name_in(path) == name
+        assert models.classes_in(path) == (("a", "b")[:classes] or None)
+
+
 def test_errors_of_load_weights(tmp_path: Path) -> None:
     model, path = models.create("digits-cnn"), tmp_path / "weights.pt"
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):

@@ -244,3 +244,37 @@ def test_inputs_may_leave_the_bounds_by_rounding_or_have_none():
     ]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)
     assert torch.equal(losses[1], losses[2])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("where", ["input", "logits", "no_grad"])
+def test_a_model_that_cuts_the_graph(where: str, steps: int) -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if where == "no_grad":
+                with torch.no_grad():
+                    return self.linear(x)
+            return self.linear(x.detach()) if where == "input" else self.linear(x).detach()
+
+    x, t = torch.rand(5, 4), torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"do not depend on the input .*does it detach"):
+        RATLoss(steps=steps)(Cut(), x, t)
+
+
+def test_parameters_that_the_logits_do_not_depend_on() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = Fixed()
+    out = RATLoss()(model, torch.rand(5, 4), torch.zeros(5, dtype=torch.int64))
+    out.loss.backward()
+    assert model.unused.grad is None

@@ -140,6 +140,76 @@ def test_learning_rate_warms_up_and_falls(digits: datasets.Splits) -> None:
     assert 0 < rates[-1] < 0.01
 
 
+def test_every_epoch_and_every_seed_has_random_numbers_of_its_own(
+    digits: datasets.Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[int] = []  # of the samples
+    drawn: list[float] = []  # by what draws from the global state, as transforms do
+    seeds: list[int] = []  # of augmentation
+
+    class Watched(datasets.Images):
+        def __getitem__(self, index):
+            order.extend(index)
+            drawn.append(float(torch.rand(())))
+            return super().__getitem__(index)
+
+    def watched(x: torch.Tensor, generator: torch.Generator, *_: object) -> torch.Tensor:
+        seeds.append(generator.initial_seed())
+        return x
+
+    monkeypatch.setitem(AUGMENTATIONS, "none", watched)
+    part = digits.train.subset(slice(0, 100))
+    data = Watched(part.pixels, part.targets, part.classes)
+    for seed in (0, 1, 0):
+        train(network(), data, Recipe(epochs=3, batch_size=50, seed=seed), progress=False)
+    runs = [
+        [(order[i : i + 100], drawn[i // 50 : i // 50 + 2], seeds[i // 50]) for i in begins]
+        for begins in (range(0, 300, 100), range(300, 600, 100), range(600, 900, 100))
+    ]
+    assert runs[0] == runs[2]
+    epochs = [*runs[0], *runs[1]]
+    assert all(sorted(samples) == list(range(100)) for samples, _, _ in epochs)
+    for kind in zip(*epochs, strict=True):
+        assert all(a != b for i, a in enumerate(kind) for b in kind[:i])
+
+
+def test_what_cannot_be_trained_is_refused(digits: datasets.Splits) -> None:
+    data = digits.train.subset(slice(0, 50))
+    recipe = Recipe(epochs=1, batch_size=10)
+
+    class Detaching(nn.Module):
+        def __init__(self, where: str) -> None:
+            super().__init__()
+            self.net, self.where = network(), where
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.where == "input":
+                return self.net(x.detach())
+            return self.net(x).detach()
+
+    for model, message in [
+        (nn.Flatten(), "has no parameters that require a gradient, so there is nothing to train"),
+        (network().requires_grad_(False), r"Is it frozen\? Give model.requires_grad_\(\)"),
+        (Detaching("input"), "the logits do not depend on the input through autograd"),
+        (Detaching("logits"), "the logits do not depend on the input through autograd"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(model, data, recipe, progress=False)
+    plainly = dataclasses.replace(recipe, loss="ce")
+    train(Detaching("input"), data, plainly, progress=False)
+    with pytest.raises(ValueError, match="does not depend on the model's parameters"):
+        train(Detaching("logits"), data, plainly, progress=False)
+    with pytest.raises(TypeError, match=r"model is a function; only an nn.Module can be trained"):
+        train(lambda x: x, data, recipe, progress=False)
+    empty = data.subset(slice(0, 0))
+    with pytest.raises(ValueError, match="the data has no samples"):
+        train(network(), empty, recipe, progress=False)
+    with pytest.raises(ValueError, match="the validation data has no samples"):
+        train(network(), data, recipe, validation=empty, progress=False)
+    with pytest.raises(ValueError, match=r"50 samples cannot be shared by 64 process\(es\)"):
+        Run(network(), data, recipe, torch.device("cpu"), 0, 64)
+
+
 @pytest.mark.parametrize("augment", ["crop", "crop-flip"])
 def test_augmented_images_are_shifted_parts_of_the_padded_ones(augment: str) -> None:
     x = torch.rand(40, 2, 16, 16)
@@ -181,7 +251,7 @@ def test_mixup_mixes_images_and_targets_alike() -> None:
 
 
 TWO_PROCESSES = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from rat_ext import datasets, models, training
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
@@ -194,7 +264,11 @@ recipe = training.Recipe(**initial["recipe"])
 result = training.train(model, data, recipe, validation=data, out=f"{folder}/run", progress=False)
 if rank == 0:
     torch.save({"model": model.state_dict(), "history": result.history}, f"{folder}/final.pt")
-dist.destroy_process_group()
+# When both are done, an end without Python's own: that may meet threads of gloo, which
+# DistributedDataParallel keeps beyond destroy_process_group, and then aborts.
+dist.barrier()
+sys.stderr.flush()
+os._exit(0)
 """
 
 
