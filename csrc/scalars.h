@@ -44,11 +44,11 @@ constexpr double kSpacing<Half> = 0x1p-10;
 template <>
 constexpr double kSpacing<BFloat16> = 0x1p-7;
 
-// The least step that a search looks at, far from where its arithmetic underflows.
+// The least step that a search looks at: smaller numbers have fewer digits.
 template <typename T>
-constexpr double kTiny = 0x1p-100;
+constexpr double kTiny = 0x1p-126;
 template <>
-constexpr double kTiny<double> = 0x1p-1000;
+constexpr double kTiny<double> = 0x1p-1022;
 
 namespace detail {
 RAT_HD uint32_t float_bits(float value) {

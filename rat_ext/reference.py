@@ -231,7 +231,7 @@ def rr_pgd(model: Model, x: Tensor, options: Options) -> RadiusResult:
     def attack(i: int, eps: Tensor) -> Tensor:
         """The logits at the point nearest to another class, or furthest into it, that is met."""
         xi, yi = x[i : i + 1].to(z.dtype), y[i : i + 1]
-        point = on_ray(xi, direction[i : i + 1], eps.view(1), options)
+        point = projected(xi + eps * direction[i : i + 1].to(z.dtype), xi, eps, options)
         best = math.inf
         for step in range(steps + 1):
             gradient, zi, _, _ = attack_gradient(

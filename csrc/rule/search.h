@@ -78,11 +78,10 @@ struct Search {
   // seed's: of the log-odds, but for the temperature. One member calls.
   RAT_HD void aim(T slope, T least_step) {
     row.slope = slope / params.temperature;
-    row.least_step = least_step;
+    row.least_step = least_step < params.eps_max ? least_step : params.eps_max;
     if (!std::isfinite(row.slope)) row.status = T(kNotFinite);
     if (!row.active()) return;
-    // No element can move, or not as far as is looked: every point of the ray is x itself.
-    if (row.slope == T(0) || least_step >= params.eps_max) {
+    if (row.slope == T(0)) {  // no element can move: every point of the ray is x itself
       row.lower = params.eps_max;
       row.status = T(kNotFound);
     } else {

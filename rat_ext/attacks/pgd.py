@@ -78,7 +78,8 @@ class BallSearch(BracketSearch):
         x, y = self.x[rows].to(radii.dtype), self.predicted(at_home)
         eps = like_rows(radii[at_home, 0].to(x.device), x)
         first = (self.column("rows")[at_home] == 0).to(x.device)
-        point = clip(x + eps * self.direction[rows])
+        # A direction that a smaller ball gave may be a little too long, by that ball's rounding.
+        point = clip(x + project(eps * self.direction[rows], eps, norm))
         best, best_margin = point.clone(), x.new_full((len(rows),), math.inf)
         best_logits = x.new_empty(len(rows), self.gaps.shape[1] // core.KNOTS)
         left = torch.arange(len(rows), device=rows.device)  # the rows that go on, and their points
