@@ -135,9 +135,12 @@ def check_attack(tally: Tally, case: Case, ray: Ray, result, options: dict, poin
     width = result.upper.double() - result.lower.double()
     too_wide = found & (width > chosen.rtol * result.upper.double() * (1 + 1e-6))
     tally.check("tolerance", too_wide & resolved)
-    # Not resolved is an excuse for brackets that are a few steps of the input's numbers wide.
+    # Not resolved is an excuse for brackets that are a few steps of the input's numbers wide, or of
+    # numbers like the radius, or as small as normal numbers are.
     size = ray.points(result.upper.where(found, 0)).abs().flatten(1).amax(1).double()
-    tally.check("resolution", ~resolved & (width > 8 * torch.finfo(ray.x.dtype).eps * size))
+    size = size.maximum(result.upper.where(found, 0).double())
+    steps = 8 * torch.finfo(ray.x.dtype).eps * size + 4 * torch.finfo(result.upper.dtype).tiny
+    tally.check("resolution", found & ~resolved & (width > steps))
     tally.unresolved += int((found & ~resolved).sum())
     at_end = torch.full_like(result.lower.double(), chosen.eps_max).to(result.lower.dtype)
     tally.check("end", ~found & ((result.lower != at_end) | ~result.upper.isposinf()))
