@@ -139,7 +139,7 @@ def check_attack(tally: Tally, case: Case, ray: Ray, result, options: dict, poin
     # numbers like the radius, or as small as normal numbers are.
     size = ray.points(result.upper.where(found, 0)).abs().flatten(1).amax(1).double()
     size = size.maximum(result.upper.where(found, 0).double())
-    steps = 8 * torch.finfo(ray.x.dtype).eps * size + 4 * torch.finfo(result.upper.dtype).tiny
+    steps = 20 * torch.finfo(ray.x.dtype).eps * size + 4 * torch.finfo(result.upper.dtype).tiny
     tally.check("resolution", found & ~resolved & (width > steps))
     tally.unresolved += int((found & ~resolved).sum())
     at_end = torch.full_like(result.lower.double(), chosen.eps_max).to(result.lower.dtype)
@@ -223,7 +223,12 @@ def check_exact(tally: Tally, ray: Ray, result, asked: Tensor) -> None:
             _, band = ray.margin(result.prediction, radius.where(asked, 0))
             nowhere, close = nowhere & (sign * margin < 0), close | (margin.abs() <= band)
         bad, rounding = bad | nowhere, rounding | (nowhere & close)
-    tally.check("off", bad, rounding)
+    tally.check("off", bad, rounding | (tolerance < 4 * steps_of(ray.x).amax()))
+
+
+def steps_of(x: Tensor) -> Tensor:
+    """(N,) the spacing of numbers like the largest of each row."""
+    return torch.finfo(x.dtype).eps * x.double().abs().flatten(1).amax(1)
 
 
 def check_ball(tally: Tally, case: Case, ray: Ray, result, options: dict, points: Tensor) -> None:
@@ -240,7 +245,9 @@ def check_ball(tally: Tally, case: Case, ray: Ray, result, options: dict, points
         own, z, band = ray.logits(points[near])
         to = int(result.flipped_to[i])
         right, close = own.argmax(1) == to, z.amax(1) - z[:, to] <= band
-        tally.check("upper", ~right.any()[None] | (to == result.prediction[i]), close.any())
+        coarse = ray.options.rtol * float(result.upper[i]) < 4 * steps_of(ray.x)[i]
+        bad = ~right.any()[None] | (to == result.prediction[i])
+        tally.check("upper", bad, close.any() | coarse)
 
 
 def check_fast(tally: Tally, ray: Ray, result) -> None:

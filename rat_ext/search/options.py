@@ -41,7 +41,7 @@ WIDE = {
 }
 """The dtype of radii and of the search's arithmetic, for each dtype of the input."""
 
-HALF_STEPS = 4
+HALF_STEPS = 16
 """Spacings of an input in half precision that a bracket is wide at least."""
 
 FIRST_STEP = 1e-6

@@ -38,7 +38,7 @@ def random_state():
 
 def test_random_nets_show_nothing_wrong(trials):
     said = []
-    tally, failing = trials.trial(range(200), ["plain"], report=said.append)
+    tally, failing = trials.trial(range(200), ["plain", "wide", "half"], report=said.append)
     assert not failing, "\n".join(said)
     assert tally.nets == 200
     assert tally.checks > 10_000
