@@ -1,22 +1,20 @@
-"""State on disk: files written whole or not at all, and state dicts told apart."""
+"""What is written to disk, whole or not at all and by one at a time; state dicts told apart."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is never seen half written, also if the writer is killed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,3 +39,65 @@ def fingerprint(model: nn.Module) -> str:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(raw_bytes(value))
     return digest.hexdigest()
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is never seen half written, also if the writer is killed."""
+    # Of this call alone, so that no other writer takes it. The part that differs is the extension,
+    # because torch.save puts the rest of the name into the file.
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove what killed processes left of files that they were writing with `write_whole`.
+
+    Args:
+        folder: where nobody else is writing them now.
+        names: of the files, as patterns.
+    """
+    for name in names:
+        for path in folder.glob(f".{name}.tmp-*"):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Keep others from writing to a folder, which is made if it is not there.
+
+    The lock is the operating system's, which takes it back when the process dies, however it dies.
+    Of several processes that work together, the first takes it for all.
+
+    Args:
+        folder: only those who call this are kept out.
+        what: works in it, for the others' error.
+
+    Raises:
+        BlockingIOError: somebody has the lock; says who.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not the lock file itself, which some versions of filelock empty when they try to lock it.
+    lock, holder = FileLock(folder / ".lock"), folder / ".lock-holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        try:
+            who = holder.read_text()
+        except OSError:  # it is only starting, or just ending
+            who = ""
+        raise BlockingIOError(
+            f"{folder} is in use by {who or 'another run'}; wait until it ends, or use another "
+            "folder"
+        ) from None
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder.write_text(f"{what}, process {os.getpid()} on {socket.gethostname()}, since {since}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()

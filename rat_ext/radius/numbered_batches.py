@@ -22,6 +22,7 @@ class NumberedBatches:
 
     Attributes:
         length: how many batches, where that is known beforehand.
+        samples: how many the data set has, where that is known.
         total: how many there were, after `batches` has come to its end.
     """
 
@@ -58,7 +59,9 @@ class NumberedBatches:
             return
         sampler = _Wanted(self._sampler, wanted)
         # The loader samples ahead of the batches that it gives, so they are counted anew.
-        yield from zip(filter(wanted, itertools.count()), self._with(sampler), strict=False)
+        numbers = filter(wanted, itertools.count())
+        for batch in self._with(sampler):
+            yield next(numbers), batch
         self.total = sampler.total
 
     def first_batch(self) -> str | None:
@@ -69,6 +72,15 @@ class NumberedBatches:
             x = batch[0] if isinstance(batch, tuple | list) else batch
             return hashlib.sha256(x.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
         raise ValueError("the loader gave no batch")
+
+    @property
+    def samples(self) -> int | None:
+        if not self.by_index:
+            return None
+        try:
+            return len(self.loader.dataset)
+        except TypeError:
+            return None
 
     @property
     def _sampler(self) -> Any:

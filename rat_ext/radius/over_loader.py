@@ -12,7 +12,8 @@ from torch import Tensor
 from .._common.user_model import Model
 from ..search.options import SearchOptions, shows_options
 from ..search.result import LoaderRadii
-from .shards import RadiusShards, batch_radii, write_radii
+from .shard_run import batch_radii, write_radii
+from .shards import RadiusShards
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,9 +59,10 @@ def robust_radii(
 
     With ``out`` the results go to files in that folder, one for every ``batches_per_shard`` batches
     (a shard), and memory does not grow with the data. A run that was killed goes on with
-    ``resume=True``: finished shards are kept, the one in work is done again. Batches of a
-    DataLoader over a map-style data set that are done already are not loaded; those of other
-    iterables are read and passed over. The loader must give the same batches each time.
+    ``resume=True``: finished shards are kept, the one in work is done again. So are those that are
+    missing or damaged, also when the run had come to its end. Batches of a DataLoader over a
+    map-style data set that are done already are not loaded; those of other iterables are read and
+    passed over. The loader must give the same batches each time.
 
     Under torchrun, after ``torch.distributed.init_process_group``, every process makes the same
     call with the same loader (without a DistributedSampler), and shard i is computed by process
@@ -85,7 +87,9 @@ def robust_radii(
     Raises:
         ValueError: the loader is empty; with ``out``, it shuffles, or the run in the folder is of
             another model, other data or other options.
-        FileExistsError: there is a run in ``out``, and ``resume`` is False.
+        FileExistsError: there is a run in ``out``, and ``resume`` is False; or there are shards
+            of a run whose ``_run.json`` is gone.
+        BlockingIOError: another run is writing to ``out``.
         ImportError: the format needs pyarrow.
     """
     if device is None and isinstance(model, torch.nn.Module):

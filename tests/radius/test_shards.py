@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 import rat_ext
 from rat_ext import RadiusShards, robust_radii
+from rat_ext.radius.shards import write_manifest
 
 N, BATCH, PER_SHARD = 103, 5, 2  # 21 batches, 11 shards; the last of each is smaller
 
@@ -71,8 +72,8 @@ def assert_same(shards: RadiusShards, other: RadiusShards) -> None:
 
 def reopen(shards: RadiusShards, lost: list[int]) -> None:
     """Make a complete run one that has still to compute some shards."""
-    shards.manifest["complete"] = False
-    shards._write_manifest()
+    unfinished = {"complete": False, "batches_done": None, "shards": None}
+    write_manifest(shards.folder, shards.manifest | unfinished)
     for number in lost:
         shards.path(number).unlink()
 
@@ -164,19 +165,23 @@ run(sys.argv[2])
 """
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(folder: Path, pattern: str, process: subprocess.Popen) -> Path:
     deadline = time.monotonic() + 120
-    while not path.exists():
+    while not (found := list(folder.glob(pattern))):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    return found[0]
 
 
 def test_goes_on_after_a_kill(whole: RadiusShards, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", KILLED, HERE, str(out)])
-    half_written = out / ".radii-000002.npz.tmp"
-    wait_for(half_written, process)
+    half_written = wait_for(out, ".radii-000002.npz.tmp*", process)
+    with pytest.raises(
+        BlockingIOError, match=rf"by robust_radii, process {process.pid} on .* since"
+    ):
+        run(out, resume=True)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     half_written.write_bytes(half_written.read_bytes()[:100])
@@ -195,7 +200,7 @@ def test_goes_on_after_a_kill(whole: RadiusShards, tmp_path: Path) -> None:
     assert_same(run(out, data, resume=True), whole)
     assert data.loaded == [*range(5), *range(20, N)]  # the first batch again, to compare it
     assert all(path.read_bytes() == content for path, content in kept.items())
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] == [".lock"]
 
     data = Indexed()
     assert_same(run(out, data, resume=True), whole)
@@ -219,19 +224,31 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_share_the_shards(whole: RadiusShards, tmp_path: Path) -> None:
+def run_by_two(out: Path, store: Path) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each process."""
+    command = [sys.executable, "-c", TWO, HERE, str(out)]
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, str(rank), str(store)], **settings) for rank in (0, 1)]
+    printed = [process.communicate(timeout=120) for process in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, printed, strict=True)]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_two_processes_share_the_shards(
+    finished: bool, whole: RadiusShards, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole.folder, out)
     shards = RadiusShards(out)
-    reopen(shards, [0, 1, 2, 5, 6, 9])
-    command = [sys.executable, "-c", TWO, HERE, str(out)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE)
-        for rank in (0, 1)
-    ]
-    loaded = [list(map(int, process.communicate(timeout=120)[0].split())) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert loaded == [
+    if not finished:
+        reopen(shards, [])
+    for number in (0, 1, 2, 5):
+        shards.path(number).unlink()
+    for number in (6, 9):
+        shards.path(number).write_bytes(b"PK")
+    results = run_by_two(out, tmp_path / "store")
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert [list(map(int, printed.split())) for _, printed, _ in results] == [
         [*range(5), *(i for number in share for i in range(10 * number, 10 * number + 10))]
         for share in ([0, 2, 6], [1, 5, 9])
     ]
@@ -281,15 +298,14 @@ def test_errors(loader, options: dict, message: str, tmp_path: Path) -> None:
         robust_radii(RowExact(), loader, **settings)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_run_or_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="holds no radii"):
         RadiusShards(tmp_path)
-    shards = run(tmp_path / "out")
-    path = shards.path(4)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"radii-000004\.npz is damaged"):
-        shards.load()
+    pytest.importorskip("pyarrow")
+    shards = run(tmp_path / "out", format="parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="pip install pyarrow"):
+        shards.load()  # which are not damaged for that
     with pytest.raises(ImportError, match="pip install pyarrow"):
         run(tmp_path / "parquet", format="parquet")
     assert not (tmp_path / "parquet").exists()
