@@ -45,7 +45,12 @@ class Cache:
         write_whole(self._path(key), lambda temporary: torch.save(tensors, temporary))
 
     def __getitem__(self, key: str) -> list[Tensor]:
-        tensors: list[Tensor] = torch.load(self._path(key), weights_only=True)
+        try:
+            tensors: list[Tensor] = torch.load(self._path(key), weights_only=True)
+        except Exception as error:  # torch.load raises many kinds
+            raise ValueError(
+                f"{self._path(key)} is damaged; delete it, and resume: it is computed again"
+            ) from error
         return tensors
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sized
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import metrics, scores
+from .._common.storage import locked
 from .._common.user_model import logits_of, undisturbed
 from ..datasets import Labelled
 from .cache import Cache, identity_of
@@ -97,11 +99,30 @@ def evaluate(
 
     Raises:
         ValueError: the cache is of something else, or missing; there are too few images.
+        OSError: another evaluation is writing to ``out``.
     """
     images = len(cast(Sized, data))
     validation = round(settings.validation_share * images)
     if validation >= images or (settings.validation_share and not validation):
         raise ValueError(f"{images} images are too few to split; use more")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    lock = locked(Path(out) / "cache", "an evaluation") if out and not rank else nullcontext()
+    with lock:
+        return _evaluated(model, data, images, validation, settings, out, resume, workers, progress)
+
+
+def _evaluated(
+    model: nn.Module,
+    data: Labelled,
+    images: int,
+    validation: int,
+    settings: Settings,
+    out: str | Path | None,
+    resume: bool,
+    workers: int,
+    progress: bool,
+) -> Evaluation | None:
+    """`evaluate`, with the cache to itself."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cache: Cache | dict[str, list[Tensor]] = {}
     if out is not None:

@@ -7,6 +7,7 @@ arguments, after ``torch.distributed.init_process_group``.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
+from .._common.storage import locked, remove_leftovers
 from ..datasets import Labelled
 from .recipe import Recipe
 from .run import Run
@@ -67,7 +69,8 @@ def train(
             model; the model has nothing to train, a data set no samples; the batch cannot be shared
             equally.
         FloatingPointError: the loss is not finite. The last checkpoint is kept.
-        OSError: a checkpoint cannot be written. The last one is kept.
+        OSError: a checkpoint cannot be written, and the last one is kept; or another run is writing
+            to ``out``.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if recipe.batch_size % world:
@@ -77,11 +80,15 @@ def train(
     if not len(data) or (validation is not None and not len(validation)):
         raise ValueError(f"the {'validation ' if len(data) else ''}data has no samples")
     device = _device_of(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    writes = out is not None and rank == 0
+    lock = locked(Path(out), "training") if out is not None and writes else nullcontext()
+    with lock, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         run = Run(model, data, recipe, device, rank, world, name)
         checkpoint = writer = None
         if out is not None:
             checkpoint = Path(out) / "last.pt"
+            if writes:
+                remove_leftovers(Path(out), "last.pt", "history.csv", "model.pt")
             if checkpoint.exists():
                 run.restore(checkpoint)
             if tensorboard:
@@ -93,7 +100,7 @@ def train(
                     row["validation_accuracy"] = run.accuracy(validation, workers)
                 run.history.append(row)
                 bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "epoch"})
-                if checkpoint is not None and rank == 0:
+                if checkpoint is not None and writes:
                     run.save(checkpoint)
                 if writer is not None and rank == 0:
                     for name, value in row.items():

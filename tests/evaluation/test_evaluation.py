@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rat_ext import datasets, evaluation, metrics, models, scores, training
+from rat_ext._common.storage import locked
 from rat_ext.evaluation import Settings, evaluate, work
 from rat_ext.evaluation.cache import Cache
 from rat_ext.scores import registry
@@ -256,3 +257,25 @@ def test_too_few_images(model: nn.Module, data: datasets.Images, tmp_path: Path)
     with pytest.raises(ValueError, match="2 images are too few to split"):
         evaluate(model, data.subset(slice(2)), Settings(), tmp_path, progress=False)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_damaged_cache_is_one_line_and_computed_again(tmp_path):
+    model, data = models.create("digits-cnn").eval(), datasets.digits(train_size=100).validation
+    chosen = Settings(scores=("msr",), splits=1)
+    first = evaluate(model, data, chosen, tmp_path, progress=False)
+    (damaged,) = (tmp_path / "cache").glob("logits-*.pt")
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"logits-0\.pt is damaged; delete it, and resume"):
+        evaluate(model, data, chosen, tmp_path, resume=True, progress=False)
+    damaged.unlink()
+    again = evaluate(model, data, chosen, tmp_path, resume=True, progress=False)
+    assert torch.equal(again.prediction, first.prediction)
+
+
+def test_one_evaluation_a_folder(tmp_path):
+    model, data = models.create("digits-cnn").eval(), datasets.digits(train_size=100).validation
+    with (
+        locked(tmp_path / "cache", "another one"),
+        pytest.raises(BlockingIOError, match="is in use by another one, process"),
+    ):
+        evaluate(model, data, Settings(scores=("msr",)), tmp_path, progress=False)

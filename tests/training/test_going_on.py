@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from rat_ext import datasets, models
+from rat_ext._common.storage import locked
 from rat_ext.training import Recipe, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -288,3 +289,17 @@ def test_a_checkpoint_is_loaded_as_what_training_returns(ema: float, tmp_path: P
         assert torch.equal(loaded.state_dict()[name], value), name
         if ema and name.endswith("weight"):
             assert not torch.equal(trained[name], value), name
+
+
+def test_one_run_trains_in_a_folder(tmp_path):
+    data = datasets.digits(train_size=100).train
+    (tmp_path / ".last.pt.tmp-1").write_text("left by a killed run")
+    recipe = Recipe(loss="ce", epochs=1, batch_size=50)
+    with (
+        locked(tmp_path, "another training"),
+        pytest.raises(BlockingIOError, match="is in use by another training, process"),
+    ):
+        train(models.create("digits-cnn"), data, recipe, out=tmp_path, progress=False)
+    train(models.create("digits-cnn"), data, recipe, out=tmp_path, progress=False)
+    assert (tmp_path / "last.pt").exists()
+    assert not list(tmp_path.glob(".*.tmp-*"))
