@@ -20,6 +20,7 @@ from ..scores.registry import as_score
 from . import file
 from .fit_report import Decision, DetectorReport
 from .held_out import Split
+from .sorted_part import warn_of_a_part
 from .threshold import Rule, upper_bound
 
 
@@ -113,6 +114,10 @@ class Detector:
             seed: of the random split.
             progress: show tqdm bars on standard error.
 
+        Warns:
+            RuntimeWarning: the samples seem to be a part of data that are sorted by class, and not
+                a random sample of them.
+
         Raises:
             ValueError: no threshold guarantees the target risk on these samples; an option out of
                 its range; a loader whose passes differ, or that gives no usable samples.
@@ -138,12 +143,14 @@ class Detector:
         batches = []
         for x, target in labelled_batches(model, held_out, progress, "fit Detector"):
             values, prediction = score.score_and_predict(model, x)
-            batches.append((values.cpu(), (prediction == target).cpu()))
+            batches.append((values.cpu(), prediction.cpu(), target.cpu()))
             if audit is not None:
                 audit.see(model, x)
-        confidences, rights = zip(*batches, strict=True)
-        confidence = torch.cat(confidences).double().numpy()
-        right = torch.cat(rights).numpy() & ~np.isnan(confidence)
+        values, prediction, target = map(torch.cat, zip(*batches, strict=True))
+        confidence = values.double().numpy()
+        known = ~np.isnan(confidence)
+        right = (prediction == target).numpy() & known
+        warn_of_a_part(target.numpy(), prediction.numpy()[known])
         threshold = rule.choose(confidence, right)
         samples = len(confidence)
         report = DetectorReport(
@@ -161,8 +168,8 @@ class Detector:
             cascade=None if audit is None else audit.report(confidence, threshold.value),
         )
         steps = _isotonic(confidence, right) if calibrate else None
-        known = fingerprint(model) if isinstance(model, nn.Module) else None
-        return cls(model, score, report, steps, model_fingerprint=known)
+        weights = fingerprint(model) if isinstance(model, nn.Module) else None
+        return cls(model, score, report, steps, model_fingerprint=weights)
 
     def __call__(self, x: Tensor) -> Decision:
         """Predict, and decide which predictions to accept.
@@ -197,6 +204,7 @@ class Detector:
 
         Raises:
             ValueError: the score cannot be saved; says why.
+            OSError: the file cannot be written, for want of space for example.
             ImportError: safetensors is not installed.
         """
         file.write(Path(path), file.Saved(self.score, self.report, self._steps, self._fingerprint))
@@ -214,8 +222,8 @@ class Detector:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a detector, is of another model, or has a score that is not
-                registered.
+            ValueError: it is not a detector, is damaged or of another model, or has a score that
+                is not registered.
             ImportError: safetensors is not installed.
         """
         saved = file.read(Path(path))
