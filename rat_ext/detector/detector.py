@@ -85,11 +85,12 @@ class Detector:
         With ``target_risk`` as many samples are accepted as can be while, with probability
         ``1 - delta`` over the held-out data, at most this share of the accepted predictions on new
         data is wrong. The bound is SGR's (Geifman and El-Yaniv, NeurIPS 2017): Clopper-Pearson at
-        ``delta / ceil(log2 m)`` for m samples. It is evaluated from as many starting thresholds,
-        spread evenly over the counts of samples that could do, and from each on to laxer ones until
-        the first that fails (fixed-sequence testing: Angelopoulos et al., "Learn then Test", 2021).
-        SGR's binary search has the same bound, but takes a threshold that fails for want of samples
-        for one that is too lax. The guarantee supposes that new samples are exchangeable with the
+        ``delta / ceil(log2 m)`` for m samples, at least. It is evaluated from as many starting
+        thresholds, spread evenly over the counts of samples that could do, and from each on to
+        laxer ones until the first that fails; where none fails, a start adds its share of delta to
+        that of those before it (the fallback procedure: Wiens, "A fixed sequence Bonferroni
+        procedure", 2003). SGR's binary search takes a threshold that fails for want of samples for
+        one that is too lax. The guarantee supposes that new samples are exchangeable with the
         held-out ones, and that a laxer threshold has no smaller risk.
 
         If the score has something to fit (a temperature, a matrix, the band of a cascade), that is
