@@ -18,6 +18,7 @@ from .inputs import (
     add_data,
     load_classifier,
     load_data,
+    load_part,
     make_loader,
     use_device,
 )
@@ -34,7 +35,8 @@ def add(commands: Commands) -> None:
         help="choose the threshold of a score on test images",
         description="Chooses the threshold of a confidence score on test images; see "
         "rat_ext.Detector.fit for\nwhat is guaranteed. Exactly one of --target-risk, --coverage "
-        "and --tpr is needed.",
+        "and --tpr is needed. To fit\non some images and apply the detector to the others: "
+        "fit --limit 2000, then apply --skip 2000.",
         formatter_class=Formatter,
     )
     fit.set_defaults(run=_fit_detector)
@@ -55,7 +57,9 @@ def add(commands: Commands) -> None:
     apply = actions.add_parser(
         "apply",
         help="predict test images, and decide which predictions to accept",
-        description="Writes a CSV file of predictions, confidences and decisions.",
+        description="Writes a CSV file of predictions, confidences and decisions; index is that in "
+        "the data set.\n--skip 2000 leaves out just the images that fit --limit 2000 has used, if "
+        "--data and\n--sample-seed are the same.",
         formatter_class=Formatter,
     )
     apply.set_defaults(run=_apply_detector)
@@ -67,7 +71,12 @@ def add(commands: Commands) -> None:
 
 def _add_detector_data(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
-    parser.add_argument("--skip", type=int, default=0, help="leave out the first images")
+    parser.add_argument(
+        "--skip",
+        type=int,
+        default=0,
+        help="leave out so many images: those that the same --limit without --skip takes",
+    )
     parser.add_argument("--batch-size", type=int, default=250, help="of images")
 
 
@@ -95,7 +104,7 @@ def _fit_detector(options: argparse.Namespace) -> None:
 
 
 def _apply_detector(options: argparse.Namespace) -> None:
-    data = load_data(options, "test")
+    data, index = load_part(options, "test")
     _, model = load_classifier(options, len(data.classes))
     rows = accepted = errors = 0
 
@@ -110,8 +119,8 @@ def _apply_detector(options: argparse.Namespace) -> None:
                 out = detector(x)
                 columns = [getattr(out, name) for name in names] + [target]
                 values = zip(*(column.tolist() for column in columns), strict=True)
-                for index, row in enumerate(values, start=options.skip + rows):
-                    writer.writerow([index, *(int(v) if isinstance(v, bool) else v for v in row)])
+                for number, row in zip(index[rows : rows + len(out)], values, strict=True):
+                    writer.writerow([number, *(int(v) if isinstance(v, bool) else v for v in row)])
                 rows += len(out)
                 accepted += int(out.accepted.sum())
                 errors += int((out.prediction != target)[out.accepted].sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
@@ -78,7 +78,17 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--download", action="store_true", help="let torchvision download the data set"
     )
-    parser.add_argument("--limit", type=int, help="use only the first images")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="use only so many of the images: a random sample, with its share of each class",
+    )
+    parser.add_argument(
+        "--sample-seed",
+        type=int,
+        default=0,
+        help="of the random order of the images that --limit takes the first of",
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that load data")
     add_device(parser)
 
@@ -132,15 +142,26 @@ def make_loader(options: argparse.Namespace, data: Any, device: torch.device) ->
 
 
 def load_data(options: argparse.Namespace, split: str) -> Any:
+    """The images that were asked for."""
+    return load_part(options, split)[0]
+
+
+def load_part(options: argparse.Namespace, split: str) -> tuple[Any, Sequence[int]]:
+    """The images that were asked for, and their indices in the data set, which ascend.
+
+    The first images would be those of the first classes where a data set is sorted by class.
+    """
     data = datasets.load(options.data, split, options.root, download=options.download)
     skip = getattr(options, "skip", 0)
     if not 0 <= skip < len(data):
         raise ValueError(f"skip is {skip}; it must be from 0 to {len(data) - 1}")
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"limit is {options.limit}; it must be at least 1")
-    if skip or options.limit is not None:
-        data = datasets.first(data, options.limit or len(data), skip)
-    return data
+    if not skip and options.limit is None:
+        return data, range(len(data))
+    order = datasets.shuffled(data, options.sample_seed)
+    index = order[skip:][: options.limit].sort().values.tolist()
+    return datasets.subset(data, index), index
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ with `by_name`, where `load` finds it.
 """
 
 from .by_name import forms, load
-from .images import Images, Labelled, batches, first, with_outliers
+from .images import Images, Labelled, batches, first, shuffled, subset, with_outliers
 from .sources import Splits, digits, jpeg_archive
 
 NAMES = forms()
@@ -21,5 +21,7 @@ __all__ = [
     "first",
     "jpeg_archive",
     "load",
+    "shuffled",
+    "subset",
     "with_outliers",
 ]

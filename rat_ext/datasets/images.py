@@ -77,12 +77,43 @@ def with_outliers(data: Labelled, outliers: Labelled) -> Labelled:
     return _named(ConcatDataset([_Part(data, False), _Part(outliers, True)]), data.classes)
 
 
+def subset(data: Labelled, index: Sequence[int]) -> Labelled:
+    """The images of a data set at some indices."""
+    if isinstance(data, Images):
+        return data.subset(index)
+    return _named(Subset(cast(Dataset[Any], data), index), data.classes)
+
+
 def first(data: Labelled, count: int, skip: int = 0) -> Labelled:
-    """The first images of a data set, after some to leave out."""
+    """The first images of a data set, after some to leave out.
+
+    Of data that are sorted by class these are images of the first classes: see `shuffled`.
+    """
     if isinstance(data, Images):
         return data.subset(slice(skip, skip + count))
-    part = Subset(cast(Dataset[Any], data), range(skip, min(skip + count, len(data))))
-    return _named(part, data.classes)
+    return subset(data, range(skip, min(skip + count, len(data))))
+
+
+def shuffled(data: Labelled, seed: int = 0) -> Tensor:
+    """The indices of a data set in a random order, any stretch of which has its share of a class.
+
+    To cut a data set into parts that are like each other: the first of these indices, the next, and
+    so on. The shares are kept where the data set has ``targets``, as `Images` and torchvision's
+    have; else the order is random and no more.
+    """
+    total = len(data)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(total, generator=generator)
+    targets = torch.as_tensor(getattr(data, "targets", ()))
+    if targets.shape != (total,):
+        return order
+    _, of_class, sizes = targets[order].unique(return_inverse=True, return_counts=True)
+    # The k-th of n images of a class goes to a random place in the k-th n-th of the new order.
+    grouped = of_class.argsort(stable=True)
+    rank = torch.empty(total, dtype=torch.float64)
+    rank[grouped] = torch.cat([torch.arange(size).double() for size in sizes.tolist()])
+    place = rank + torch.rand(total, dtype=torch.float64, generator=generator)
+    return order[(place / sizes[of_class]).argsort()]
 
 
 def _named(data: Any, classes: Sequence[str]) -> Labelled:

@@ -20,6 +20,7 @@ from ..scores.registry import as_score
 from . import file
 from .fit_report import Decision, DetectorReport
 from .held_out import Split
+from .sorted_part import warn_of_a_part
 from .threshold import Rule, upper_bound
 
 
@@ -84,11 +85,12 @@ class Detector:
         With ``target_risk`` as many samples are accepted as can be while, with probability
         ``1 - delta`` over the held-out data, at most this share of the accepted predictions on new
         data is wrong. The bound is SGR's (Geifman and El-Yaniv, NeurIPS 2017): Clopper-Pearson at
-        ``delta / ceil(log2 m)`` for m samples. It is evaluated from as many starting thresholds,
-        spread evenly over the counts of samples that could do, and from each on to laxer ones until
-        the first that fails (fixed-sequence testing: Angelopoulos et al., "Learn then Test", 2021).
-        SGR's binary search has the same bound, but takes a threshold that fails for want of samples
-        for one that is too lax. The guarantee supposes that new samples are exchangeable with the
+        ``delta / ceil(log2 m)`` for m samples, at least. It is evaluated from as many starting
+        thresholds, spread evenly over the counts of samples that could do, and from each on to
+        laxer ones until the first that fails; where none fails, a start adds its share of delta to
+        that of those before it (the fallback procedure: Wiens, "A fixed sequence Bonferroni
+        procedure", 2003). SGR's binary search takes a threshold that fails for want of samples for
+        one that is too lax. The guarantee supposes that new samples are exchangeable with the
         held-out ones, and that a laxer threshold has no smaller risk.
 
         If the score has something to fit (a temperature, a matrix, the band of a cascade), that is
@@ -112,6 +114,10 @@ class Detector:
                 the samples that choose the threshold.
             seed: of the random split.
             progress: show tqdm bars on standard error.
+
+        Warns:
+            RuntimeWarning: the samples seem to be a part of data that are sorted by class, and not
+                a random sample of them.
 
         Raises:
             ValueError: no threshold guarantees the target risk on these samples; an option out of
@@ -138,12 +144,14 @@ class Detector:
         batches = []
         for x, target in labelled_batches(model, held_out, progress, "fit Detector"):
             values, prediction = score.score_and_predict(model, x)
-            batches.append((values.cpu(), (prediction == target).cpu()))
+            batches.append((values.cpu(), prediction.cpu(), target.cpu()))
             if audit is not None:
                 audit.see(model, x)
-        confidences, rights = zip(*batches, strict=True)
-        confidence = torch.cat(confidences).double().numpy()
-        right = torch.cat(rights).numpy() & ~np.isnan(confidence)
+        values, prediction, target = map(torch.cat, zip(*batches, strict=True))
+        confidence = values.double().numpy()
+        known = ~np.isnan(confidence)
+        right = (prediction == target).numpy() & known
+        warn_of_a_part(target.numpy(), prediction.numpy()[known])
         threshold = rule.choose(confidence, right)
         samples = len(confidence)
         report = DetectorReport(
@@ -161,8 +169,8 @@ class Detector:
             cascade=None if audit is None else audit.report(confidence, threshold.value),
         )
         steps = _isotonic(confidence, right) if calibrate else None
-        known = fingerprint(model) if isinstance(model, nn.Module) else None
-        return cls(model, score, report, steps, model_fingerprint=known)
+        weights = fingerprint(model) if isinstance(model, nn.Module) else None
+        return cls(model, score, report, steps, model_fingerprint=weights)
 
     def __call__(self, x: Tensor) -> Decision:
         """Predict, and decide which predictions to accept.
@@ -197,6 +205,7 @@ class Detector:
 
         Raises:
             ValueError: the score cannot be saved; says why.
+            OSError: the file cannot be written, for want of space for example.
             ImportError: safetensors is not installed.
         """
         file.write(Path(path), file.Saved(self.score, self.report, self._steps, self._fingerprint))
@@ -214,8 +223,8 @@ class Detector:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a detector, is of another model, or has a score that is not
-                registered.
+            ValueError: it is not a detector, is damaged or of another model, or has a score that
+                is not registered.
             ImportError: safetensors is not installed.
         """
         saved = file.read(Path(path))

@@ -48,9 +48,10 @@ def write(path: Path, saved: Saved) -> None:
 
     Raises:
         ValueError: the score cannot be saved; says why.
+        OSError: the file cannot be written.
         ImportError: safetensors is not installed.
     """
-    save_file = require_safetensors().torch.save_file
+    serialized = require_safetensors().torch.save
     tensors: dict[str, Tensor] = {}
     header = {
         "version": VERSION,
@@ -63,7 +64,15 @@ def write(path: Path, saved: Saved) -> None:
         tensors["probability.starts"], tensors["probability.values"] = saved.steps
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {KEY: json.dumps(header, allow_nan=False)}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    content = serialized(tensors, metadata)
+    try:
+        # Not by safetensors, whose errors of the disk are no OSError.
+        write_whole(path, lambda temporary: temporary.write_bytes(content))
+    except OSError as error:
+        raise type(error)(
+            f"the detector cannot be written to {path}: {error.strerror}; make room there, or save "
+            "it elsewhere"
+        ) from error
 
 
 def read(path: Path) -> Saved:
@@ -71,7 +80,7 @@ def read(path: Path) -> Saved:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a detector, or has a score that is not registered.
+        ValueError: it is not a detector, is damaged, or has a score that is not registered.
         ImportError: safetensors is not installed.
     """
     safetensors = require_safetensors()
@@ -82,14 +91,28 @@ def read(path: Path) -> Saved:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is not a safetensors file, or not all of one ({error}): copy it again, or fit "
+            "the detector again"
+        ) from error
     if KEY not in metadata:
         raise ValueError(f"{path} is not a detector; Detector.save writes them")
-    header = json.loads(metadata[KEY])
-    if header["version"] not in (1, VERSION):
+    try:
+        return _parsed(path, json.loads(metadata[KEY]), tensors)
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"{path} has version {header['version']} of the format, this rat_ext reads up to "
-            f"{VERSION}; fit the detector again"
+            f"{path} is damaged, or not as Detector.save writes them ({what}): fit the detector "
+            "again"
+        ) from error
+
+
+def _parsed(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
+    version = header["version"]
+    if version not in (1, VERSION):
+        raise ValueError(
+            f"{path} has version {version} of the format, this rat_ext reads up to {VERSION}; fit "
+            "the detector again"
         )
     report = header["report"]
     report["threshold"] = float(report["threshold"])
@@ -98,7 +121,7 @@ def read(path: Path) -> Saved:
     steps = None
     if "probability.starts" in tensors:
         steps = tensors["probability.starts"], tensors["probability.values"]
-    packed = header["score"] if header["version"] > 1 else _from_version_1(header["score"])
+    packed = header["score"] if version > 1 else _from_version_1(header["score"])
     score = _unpacked(packed, "score", tensors)
     return Saved(score, DetectorReport(**report), steps, header["fingerprint"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -96,8 +97,7 @@ class Rule:
         candidates = Candidates.of(confidence, correct)
         if self.criterion != "target_risk":
             return self._reaching(candidates).value
-        level = self.delta / _starts(ratio * candidates.samples)
-        bounds = upper_bound(ratio * candidates.errors, ratio * candidates.accepted, level)
+        bounds = upper_bound(ratio * candidates.errors, ratio * candidates.accepted, self.delta)
         enough = np.flatnonzero(bounds <= self.value)
         return float(candidates.value[enough[-1] if len(enough) else np.argmin(bounds)])
 
@@ -119,31 +119,44 @@ class Rule:
         return candidates.at(index, float(bound))
 
     def _guaranteed(self, candidates: Candidates) -> Threshold:
-        """The laxest threshold that is certified to have the target risk."""
-        starts = _starts(candidates.samples)
-        level = self.delta / starts
-        bounds = upper_bound(candidates.errors, candidates.accepted, level)
+        """The laxest threshold that is certified to have the target risk.
+
+        The fallback procedure of multiple testing: each start has its share of delta to test the
+        thresholds from there on, to the first that fails, and hands it on where none has.
+        """
+        from scipy.special import bdtr
+
+        # What binary search takes: SGR shares delta among as many tests.
+        starts = max(1, math.ceil(math.log2(candidates.samples)))
+        share = self.delta / starts
         # With fewer accepted samples, not even the absence of errors would do.
-        least, most = math.log(level) / math.log1p(-self.value), candidates.accepted[-1]
+        least, most = math.log(share) / math.log1p(-self.value), candidates.accepted[-1]
+        begins = np.arange(0)
         if least <= most:
             begins = np.searchsorted(candidates.accepted, np.linspace(least, most, starts))
-            failures = np.append(np.flatnonzero(bounds > self.value), len(bounds))
-            ends = failures[np.searchsorted(failures, begins)]
-            if (ends > begins).any():
-                last = int(ends[ends > begins].max()) - 1
-                return candidates.at(last, bounds[last])
-            bounds = bounds[begins]
+        # The chance of so few errors, if the risk were the target.
+        chance = bdtr(candidates.errors, candidates.accepted, self.value)
+        level, found = 0.0, None
+        for begin, end in itertools.pairwise([*begins, len(chance)]):
+            level += share
+            passes = np.append(chance[begin:end] <= level, False)
+            count = int(np.argmin(passes))
+            if count:
+                found = begin + count - 1, level
+            if begin + count < end:
+                level = 0.0
+        if found:
+            index, level = found
+            bound = upper_bound(candidates.errors[index], candidates.accepted[index], level)
+            return candidates.at(index, float(bound))
+        tested = slice(None) if not len(begins) else begins
+        bounds = upper_bound(candidates.errors[tested], candidates.accepted[tested], share)
         raise ValueError(
             f"no threshold guarantees a risk of at most {self.value:g} with probability "
             f"{1 - self.delta:g}: the best bound that {candidates.samples:,} held-out samples give "
             f"is {bounds.min():.4g}. Hold out more of them (at least {math.ceil(least):,} must be "
             "accepted, even if none of them is wrong), or raise target_risk or delta"
         )
-
-
-def _starts(samples: float) -> int:
-    """How many thresholds delta is shared among: as many as SGR's binary search takes."""
-    return max(1, math.ceil(math.log2(samples)))
 
 
 def upper_bound(errors: Any, samples: Any, delta: float) -> NDArray[np.float64]:

@@ -92,6 +92,14 @@ def test_a_cascade_examines_its_band_alone() -> None:
     assert f"{100 * saved.changed:.2f} % of the decisions changed" in str(detector.report)
 
 
+def test_the_ends_of_the_band_are_in_it() -> None:
+    cascade = Cascade(Column(0), Column(1))
+    cascade.band = (0.2, 0.6)
+    x = torch.tensor([[cheap, 7.0] for cheap in (0.1, 0.2, 0.4, 0.6, 0.7)], dtype=torch.float64)
+    assert cascade.score(lambda x: x, x).tolist() == [-math.inf, 7.0, 7.0, 7.0, math.inf]
+    assert cascade.examined == 0.6
+
+
 def test_the_report_counts_the_decisions_that_a_cascade_changes() -> None:
     cascade = Cascade(Column(0), Column(1))
     cascade.band = (0.5, math.inf)  # what is below is rejected unseen

@@ -134,6 +134,50 @@ def test_what_is_not_a_detector(tmp_path: Path) -> None:
         Detector.load(path, RowExact())
 
 
+def test_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    fit("rel-u", calibrate=True).save(path)
+    whole = path.read_bytes()
+    for length in (0, 4, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"is not a safetensors .* fit the detector again"):
+            Detector.load(path, Counting())
+    path.write_bytes(whole)
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["rat_ext.detector"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def refused(text: str, tensors: dict[str, Tensor]) -> None:
+        safetensors.torch.save_file(tensors, path, {"rat_ext.detector": text})
+        with pytest.raises(ValueError, match=r"file is damaged.*: fit the detector again"):
+            Detector.load(path, Counting())
+
+    def without(kept: dict, key: str) -> dict:
+        return {name: value for name, value in kept.items() if name != key}
+
+    for text in ("", "[]", "null", json.dumps(header)[:-9]):
+        refused(text, tensors)
+    for key in header:
+        refused(json.dumps(without(header, key)), tensors)
+    for part in ("report", "score"):
+        for key in header[part]:
+            refused(json.dumps({**header, part: without(header[part], key)}), tensors)
+    for key in ("probability.values", "score.matrix"):
+        refused(json.dumps(header), without(tensors, key))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("older")
+    (tmp_path / ".file.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"written to .*file: No space left.*; make room there"):
+        fit("msr").save(path)
+    assert path.read_text() == "older"
+    with pytest.raises(FileNotFoundError, match=r"cannot be written to .*absent/file: No such"):
+        fit("msr").save(tmp_path / "absent" / "file")
+
+
 def test_a_score_of_ones_own_that_holds_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

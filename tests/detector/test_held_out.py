@@ -33,7 +33,7 @@ def test_a_score_is_fitted_on_other_samples_than_the_threshold() -> None:
             return logits.amax(1)
 
     x = torch.arange(400.0).div(400)[:, None].expand(400, 12).double()
-    target = torch.zeros(400, dtype=torch.int64)
+    target = torch.arange(400) % 4
     data = DataLoader(TensorDataset(x, target), batch_size=30)
     report = Detector.fit(
         RowExact(), data, Spy(), coverage=0.5, tune_share=0.3, progress=False
@@ -53,6 +53,15 @@ def test_all_samples_choose_the_threshold_of_a_fitted_score() -> None:
     assert detector.report.tuned_on > 40
     assert unfitted.needs_fit  # it was copied
     assert not detector.score.needs_fit
+
+
+def test_both_parts_of_sorted_data_have_all_classes() -> None:
+    target = torch.arange(10).repeat_interleave(100)
+    split = Split([(torch.rand(50, 2), part) for part in target.split(50)], 0.2, 0)
+    for part in (split.tune, split.rest):
+        counts = torch.cat([targets for _, targets in part]).bincount(minlength=10)
+        assert len(counts) == 10
+        assert counts.min() >= 5
 
 
 class Augmented(Dataset):

@@ -101,6 +101,41 @@ def test_accepts_no_fewer_than_sgr() -> None:
     assert ours["flat and good"] > 1.5 * theirs["flat and good"]
 
 
+def fallback(confidence: np.ndarray, correct: np.ndarray, target: float, delta: float) -> int:
+    """How many samples are accepted, one test after the other; with one sample at each value."""
+    errors = np.cumsum(~correct[np.argsort(-confidence)])
+    starts = math.ceil(math.log2(len(errors)))
+    least = math.log(delta / starts) / math.log(1 - target)
+    begins = [math.ceil(each - 1e-9) for each in np.linspace(least, len(errors), starts)]
+    chances = stats.binom.cdf(errors, np.arange(1, len(errors) + 1), target)
+    left, last = 0.0, 0
+    for accepted, chance in enumerate(chances, start=1):
+        level = left + delta / starts * begins.count(accepted)
+        left, last = (level, accepted) if chance <= level else (0.0, last)
+    return last
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_start_adds_to_the_level_of_those_that_have_passed(name: str) -> None:
+    rng = np.random.default_rng(3)
+    thresholds = []
+    for n in [60, 100, 1000] + 200 * [300]:
+        confidence = rng.random(n)
+        correct = rng.random(n) >= CURVES[name](confidence)
+        accepted = fallback(confidence, correct, 0.1, 0.1)
+        if accepted:
+            thresholds.append(Rule("target_risk", 0.1, 0.1).choose(confidence, correct))
+            assert thresholds[-1].accepted == accepted
+    assert thresholds
+
+
+def test_where_all_pass_the_bound_is_that_of_delta() -> None:
+    confidence, correct = np.random.default_rng(4).random(1000), np.ones(1000, bool)
+    threshold = Rule("target_risk", 0.05, 0.01).choose(confidence, correct)
+    assert (threshold.accepted, threshold.errors) == (1000, 0)
+    assert threshold.risk_bound == pytest.approx(1 - 0.01 ** (1 / 1000), rel=1e-9)
+
+
 @pytest.mark.parametrize(("errors", "samples"), [(0, 10), (3, 200), (200, 200)])
 def test_the_bound_is_clopper_pearsons(errors: int, samples: int) -> None:
     bound = float(upper_bound(errors, samples, 0.02))
