@@ -133,7 +133,7 @@ fi
 step device 20 "${device[@]}" || finish
 
 pytest=("$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root"
-  "$root/tests/gpu/test_gpu.py")
+  "$root/tests/gpu" -m gpu)
 step tests 140 "${pytest[@]}"
 step memcheck 75 "${sanitizer[@]}" --tool memcheck "${pytest[@]}" -k short
 step racecheck 75 "${sanitizer[@]}" --tool racecheck "${pytest[@]}" -k short

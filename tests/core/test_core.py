@@ -39,8 +39,8 @@ def new_state(
     brackets = torch.zeros(n, len(COLUMN), dtype=dtype)
     gaps = torch.zeros(n, core.KNOTS * classes, dtype=dtype)
     radii = torch.zeros(n, probes, dtype=dtype)
-    defaults = {"rtol": 1e-2, "eps_max": 1.0, "temperature": 1.0}
-    state = core.State(brackets, gaps, radii, **{**defaults, **options}, bisect_from=0.0)
+    defaults = {"rtol": 1e-2, "eps_max": 1.0, "temperature": 1.0, "bisect_from": 0.0}
+    state = core.State(brackets, gaps, radii, **{**defaults, **options})
     return state, brackets, gaps, radii
 
 
@@ -223,6 +223,30 @@ def test_compact_keeps_active_rows_in_order(core):
     assert active.tolist() == [6, 5, 2, -1, -1, -1, -1]
     core.compact(index, state, index, count)  # in place
     assert index[:3].tolist() == [6, 5, 2]
+
+
+# --- The worst case -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tiniest"), [(torch.float64, -1000), (torch.float32, -100)])
+@pytest.mark.parametrize("rtol", [0.3, 1e-2, 2.0**-12])
+@pytest.mark.parametrize("eps_max", [2.0**-95, 1.0, 3e30])
+@pytest.mark.parametrize("probes", [1, 3])
+def test_the_worst_case_counts_every_round_of_the_rule(core, dtype, tiniest, rtol, eps_max, probes):
+    """Four rounds without a flip, then steps by 2, 4, 8, ... up to eps_max, then the bracket.
+
+    The bracket is at its widest the whole ray. It may take four rounds more than halving its
+    logarithm does, which gets from `octaves` down to that of 1 / (1 - rtol).
+    """
+    octaves = math.log2(eps_max) - tiniest
+    steps = next(n for n in range(100) if sum(range(n + 1)) >= octaves)
+    halvings = math.log2(octaves / -math.log2(1 - rtol))
+    state, *_ = new_state(core, 2, 3, dtype, probes, rtol=rtol, eps_max=eps_max)
+    assert state.max_rows() == (4 + steps + 1 + math.ceil(halvings + 4)) * probes
+    # Plain doubling reaches eps_max, and halving rtol times the smallest radius; three to round up.
+    plain = {"rtol": rtol, "eps_max": eps_max, "bisect_from": 1e-6 * eps_max}
+    state, *_ = new_state(core, 2, 3, dtype, probes, **plain)
+    assert state.max_rows() == (3 + math.ceil(octaves - math.log2(rtol))) * probes
 
 
 # --- Threads --------------------------------------------------------------------------------------

@@ -1,152 +1,18 @@
-"""robust_radius: against the reference, and every promise and error of its documentation."""
+"""robust_radius: the promises of its documentation."""
 
 from __future__ import annotations
 
 import copy
 import math
-import warnings
 
 import pytest
 import torch
-from helpers import FIELDS, RowExact, WithLogits, assert_identical, cnn, mlp, uniform
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers import RowExact, WithLogits, assert_identical, cnn, mlp, uniform
 from torch import Tensor, nn
 
-from rat_ext import RadiusResult, reference, robust_radii, robust_radius, temperature_sweep
-from rat_ext.search.options import Options
+from rat_ext import reference, robust_radius, temperature_sweep
 
 METHODS = ["bs", "fast"]
-
-
-def assert_brackets_hold(
-    model: nn.Module, x: Tensor, result: RadiusResult, rtol: float, temperature: float = 1.0
-) -> None:
-    """The prediction is kept at `lower` and changed at `upper`, and the bracket is narrow."""
-    direction, _, y = reference.fgsm_direction(model, x, temperature)
-    options = Options.checked(x)
-    found = result.found
-    upper = result.upper.where(found, 0)
-    ends = (result.lower.clamp_max(1), upper)
-    at_lower, at_upper = (model(reference.on_ray(x, direction, end, options)) for end in ends)
-    # A batch of another size may round differently, which decides where two logits are equal.
-    tied_lower, tied_upper = (
-        z.topk(2).values.diff().abs().squeeze(1) < 1e-12 for z in (at_lower, at_upper)
-    )
-    assert ((at_lower.argmax(1) == y) | tied_lower).all()
-    assert ((at_upper.argmax(1) != y) | tied_upper)[found].all()
-    assert ((at_upper.argmax(1) == result.flipped_to) | tied_upper)[found].all()
-    width = result.upper - result.lower.clamp_min(2.0**-24)
-    assert (width <= rtol * result.upper)[found].all()
-    assert ((result.radius >= result.lower) & (result.radius <= result.upper)).all()
-    assert (result.radius[~found] == math.inf).all()
-    assert (result.lower[~found] == 1).all()
-
-
-# --- Against the reference ------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    n=st.integers(1, 20),
-    classes=st.integers(2, 9),
-    smooth=st.booleans(),
-    rtol=st.sampled_from([0.1, 1e-2, 2.0**-12, 1e-6]),
-    temperature=st.sampled_from([0.2, 1.0, 3.0]),
-    seed=st.integers(0, 1000),
-)
-def test_plain_bisection_is_the_reference(n, classes, smooth, rtol, temperature, seed):
-    """In float64 the same probes are made, so even the number of rows agrees."""
-    model = RowExact(classes=classes, seed=seed) if smooth else mlp(classes=classes, seed=seed)
-    x = uniform(n, 12, seed=seed)
-    options = {"rtol": rtol, "temperature": temperature, "full": True}
-    result = robust_radius(model, x, search="bisect", **options)
-    expected = reference.robust_radius(model, x, **options)
-    for name in FIELDS:
-        torch.testing.assert_close(
-            getattr(result, name), getattr(expected, name), rtol=1e-12, atol=0, msg=name
-        )
-    moved = result.forward_rows > 0  # the reference also probes the rays on which nothing moves
-    assert torch.equal(result.forward_rows[moved], expected.forward_rows[moved])
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    n=st.integers(1, 20),
-    classes=st.integers(2, 9),
-    smooth=st.booleans(),
-    rtol=st.sampled_from([0.1, 1e-2, 2.0**-12, 1e-6]),
-    temperature=st.sampled_from([0.2, 1.0, 3.0]),
-    probes=st.integers(1, 4),
-    seed=st.integers(0, 1000),
-)
-def test_brackets_hold_the_flip(n, classes, smooth, rtol, temperature, probes, seed):
-    model = RowExact(classes=classes, seed=seed) if smooth else mlp(classes=classes, seed=seed)
-    x = uniform(n, 12, seed=seed)
-    options = {"rtol": rtol, "temperature": temperature, "full": True}
-    result = robust_radius(model, x, probes=probes, **options)
-    assert_brackets_hold(model, x, result, rtol, temperature)
-    assert (result.forward_rows <= result.worst_case_rows).all()
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    n=st.integers(1, 20),
-    classes=st.integers(2, 9),
-    h=st.sampled_from([1e-5, 1e-3, 0.1]),
-    temperature=st.sampled_from([0.2, 1.0, 3.0]),
-    seed=st.integers(0, 1000),
-)
-def test_rr_fast_is_the_reference(n, classes, h, temperature, seed):
-    model, x = mlp(classes=classes, seed=seed), uniform(n, 12, seed=seed)
-    options = {"method": "fast", "h": h, "temperature": temperature, "full": True}
-    result = robust_radius(model, x, **options)
-    expected = reference.robust_radius(model, x, **options)
-    # A gap that hardly falls is the difference of nearly equal numbers.
-    for name in FIELDS:
-        torch.testing.assert_close(
-            getattr(result, name), getattr(expected, name), rtol=1e-7, atol=0, msg=name
-        )
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_float32_agrees_with_float64(method):
-    model, x = mlp(seed=3), uniform(200, 12, seed=3, dtype=torch.float32)
-    options = {"method": method, "rtol": 2.0**-10, "h": 1e-2}
-    result = robust_radius(copy.deepcopy(model).float(), x, **options)
-    expected = reference.robust_radius(model, x.double(), **options)
-    assert result.dtype == torch.float32
-    finite = expected.isfinite()
-    assert torch.equal(result.isfinite(), finite)
-    error = (result[finite] / expected[finite] - 1).abs()
-    assert (error > 1e-2).sum() <= 2  # a ray may cross the boundary more than once
-    assert error.median() < 1e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
-def test_half_precision_inputs(dtype, method):
-    model, x = mlp(seed=4), uniform(64, 12, seed=4).to(dtype)
-    options = {"method": method, "h": 0.05, "rtol": 0.05}  # bfloat16 has no finer steps
-    result = robust_radius(copy.deepcopy(model).to(dtype), x, **options, full=True)
-    assert result.radius.dtype == torch.float32
-    expected = reference.robust_radius(model, x.double(), **options)
-    both = result.found & expected.isfinite()
-    assert both.float().mean() > 0.8
-    assert (result.radius[both].double() / expected[both]).log().abs().median() < 0.2
-
-
-def test_regrad_finds_the_same_radii_and_costs_48_forward_rows():
-    model, x = mlp(seed=5), uniform(50, 12, seed=5)
-    fixed = reference.robust_radius(model, x, rtol=2.0**-8, full=True)
-    textbook = reference.robust_radius(model, x, regrad=True, full=True)
-    assert (textbook.forward_rows == 48).all()
-    assert torch.equal(textbook.found, fixed.found)
-    found = fixed.found
-    # Large radii take most of the 24 probes to reach, which leaves few to narrow the bracket.
-    torch.testing.assert_close(textbook.radius[found], fixed.radius[found], rtol=1 / 16, atol=0)
-    with pytest.raises(ValueError, match="regrad=True is a variant of method 'bs'"):
-        reference.robust_radius(model, x, regrad=True, method="fast")
 
 
 def test_temperature_sweep_equals_single_calls():
@@ -158,9 +24,6 @@ def test_temperature_sweep_equals_single_calls():
         assert_identical(result, single)
     with pytest.raises(ValueError, match="temperatures is empty"):
         temperature_sweep(model, x, [])
-
-
-# --- Promises -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -393,105 +256,3 @@ def test_search_report_counts_rows():
     assert report.p95 >= report.rows.median()
     assert report.rows.max() <= report.worst_case
     assert 0 <= report.fallback_share <= 1
-
-
-# --- Loaders --------------------------------------------------------------------------------------
-
-
-def test_robust_radii_runs_over_a_loader(capsys):
-    model, x = RowExact(), uniform(25, 12)
-    t = torch.arange(25) % 4
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, t), batch_size=8)
-    radii = robust_radii(model, loader)
-    assert "robust radius" in capsys.readouterr().err
-    assert torch.equal(radii.target, t)
-    assert torch.equal(radii.radius, robust_radius(model, x))
-    assert torch.equal(radii.prediction, model(x).argmax(1))
-    alone = robust_radii(model, x.split(10), progress=False, method="fast")
-    assert capsys.readouterr().err == ""
-    assert alone.target is None
-    assert torch.equal(alone.radius, robust_radius(model, x, method="fast"))
-    with pytest.raises(ValueError, match="the loader gave no batch"):
-        robust_radii(model, [], progress=False)
-
-
-# --- Errors ---------------------------------------------------------------------------------------
-
-X = uniform(4, 12)
-
-
-@pytest.mark.parametrize("function", [robust_radius, reference.robust_radius])
-@pytest.mark.parametrize(
-    ("error", "message", "x", "options"),
-    [
-        (ValueError, "normalisation inside the model", X * 4 - 2, {}),
-        (ValueError, r"bounds \(0, 1\), in 1 of 4 rows", X + X.new_tensor([[0, 0, 0, 2]]).T, {}),
-        (ValueError, r"values from 0 to 1, outside bounds \(0, 0.5\)", X, {"bounds": (0, 0.5)}),
-        (TypeError, r"torch.uint8; expected a floating-point .* x.float\(\) / 255", X.byte(), {}),
-        (TypeError, "x is a list; expected a torch.Tensor", [[0.5]], {}),
-        (ValueError, r"shape \(12,\); expected a batch .* x\[None\]", X[0], {}),
-        (ValueError, "method is 'newton'; expected 'bs' or 'fast'", X, {"method": "newton"}),
-        (ValueError, "attack is 'magic'; expected 'fgsm'", X, {"attack": "magic"}),
-        (ValueError, "rtol is 0; .* at least", X, {"rtol": 0}),
-        (ValueError, "rtol is 1e-06; for torch.float32", X.float(), {"rtol": 1e-6}),
-        (ValueError, r"bounds is \(1, 0\); low must be below high", X, {"bounds": (1, 0)}),
-        (ValueError, r"bounds is \(0,\); expected \(low, high\)", X, {"bounds": (0,)}),
-        (ValueError, "temperature is 0; it must be positive", X, {"temperature": 0}),
-        (ValueError, "eps_max is -1; it must be positive", X, {"eps_max": -1}),
-        (ValueError, "h is nan; it must be positive", X, {"h": math.nan}),
-        (ValueError, "batch_size is 0; it must be at least 1", X, {"batch_size": 0}),
-    ],
-)
-def test_bad_arguments(function, error, message, x, options):
-    calls = []
-
-    def model(x: Tensor) -> Tensor:
-        calls.append(x)
-        return x
-
-    with pytest.raises(error, match=message):
-        function(model, x, **options)
-    assert not calls  # raised before work starts
-
-
-@pytest.mark.parametrize(
-    ("message", "options"),
-    [
-        ("search is 'dance'; expected 'interpolate' or 'bisect'", {"search": "dance"}),
-        ("probes is 0; it must be from 1 to 32", {"probes": 0}),
-        ("probes is 33; it must be from 1 to 32", {"probes": 33}),
-    ],
-)
-def test_bad_search_arguments(message, options):
-    with pytest.raises(ValueError, match=message):
-        robust_radius(RowExact(), X, **options)
-
-
-@pytest.mark.parametrize("function", [robust_radius, reference.robust_radius])
-@pytest.mark.parametrize(
-    ("error", "message", "model"),
-    [
-        (TypeError, r"returned tuple; .* lambda x: model\(x\)\[0\]", lambda x: (x, x)),
-        (ValueError, r"shape \(4, 1\) .* at least 2 classes", lambda x: x[:, :1]),
-        (ValueError, r"shape \(4,\) for 4 inputs; expected \(4, classes\)", lambda x: x[:, 0]),
-        (ValueError, r"shape \(3, 12\) for 4 inputs", lambda x: x[:3]),
-        (TypeError, "returned torch.int64; expected floating-point", lambda x: x.long()),
-        (RuntimeError, "do not depend on the input through autograd", lambda x: x.detach()),
-    ],
-)
-def test_bad_model_outputs(function, error, message, model):
-    with pytest.raises(error, match=message):
-        function(model, X)
-
-
-@pytest.mark.parametrize("function", [robust_radius, reference.robust_radius])
-def test_model_and_input_on_different_devices(function):
-    model = nn.Linear(12, 3, device="meta")
-    with pytest.raises(ValueError, match=r"x is on cpu but the model is on meta; .*x.to\('meta'\)"):
-        function(model, X)
-
-
-def test_no_warning_without_cause():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        robust_radius(RowExact(), X)

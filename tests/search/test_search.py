@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rat_ext import RadiusResult, reference, robust_radius
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_thread")]
 
 EPS_MIN = 2.0**-24
 
@@ -28,15 +28,16 @@ class OnRay(nn.Module):
 
     def __init__(self, shape, slope: float = 1.0, classes: int = 2) -> None:
         super().__init__()
-        self.shape, self.slope, self.classes = shape, slope, classes
+        self.shape, self.slope = shape, slope
+        # Of the runner-up, and of classes that are never near.
+        self.others = -torch.arange(classes - 1, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         e, flip = x[:, 0], x[:, 1].detach()
         beyond = self.shape(e.detach() / flip).to(x.dtype)
         # The value is that of `beyond`; the derivative is -slope.
         margin = beyond - self.slope * (e - e.detach())
-        others = [torch.full_like(margin, -1.0 - j) for j in range(self.classes - 2)]
-        return torch.stack([margin, torch.zeros_like(margin), *others], 1)
+        return torch.cat([margin[:, None], self.others.to(x.dtype).expand(len(x), -1)], 1)
 
 
 def rows(flips: list[float]) -> Tensor:
@@ -91,8 +92,9 @@ def test_worst_case_and_brackets(shape, flips, slope, classes, rtol, temperature
     assert_bracketed(model, x, result, rtol)
     if shape in MONOTONE:
         assert result.found.all()
-        expected = reference.robust_radius(model, x, rtol=rtol, temperature=temperature)
-        torch.testing.assert_close(result.radius, expected, rtol=2 * rtol, atol=EPS_MIN)
+        flip = x[:, 1]  # but for the rounding of e / flip
+        assert (result.lower <= flip * (1 + 1e-12)).all()
+        assert (result.upper >= flip * (1 - 1e-12)).all()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,19 @@ def test_no_flip_is_settled_within_the_worst_case(value, slope, probes):
     assert (result.radius == math.inf).all()
     assert (result.lower == 1).all()
     assert result.forward_rows.max() <= result.worst_case_rows
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+@pytest.mark.parametrize("scale", [1e-8, 1e-4])
+def test_the_end_of_the_ray_is_reached_where_every_estimate_is_near(scale, probes):
+    """The margin falls steeply and never to 0: it always seems to do so just ahead."""
+    model = OnRay(lambda u: (1 + u) ** -30, slope=30 / scale)
+    options = {"probes": probes, "eps_max": 0.5, "full": True}
+    result = robust_radius(model, rows([scale]), **options)
+    assert not result.found.any()
+    assert result.resolved.all()
+    assert (result.lower == 0.5).all()
+    assert result.forward_rows.max() <= 13 * probes
 
 
 def test_an_adversary_that_answers_at_the_last_moment():
