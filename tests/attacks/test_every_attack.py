@@ -113,7 +113,7 @@ def test_several_probes_a_round_find_the_same(attack):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_lower_precisions(attack, dtype):
     model, x = mlp(seed=3), uniform(60, 12, seed=3).to(dtype)
-    rtol = 0.05 if dtype == torch.bfloat16 else 0.01  # it has no finer steps
+    rtol = 0.15 if dtype == torch.bfloat16 else 0.01  # it has no finer steps
     expected = robust_radius(model, x.double(), attack=attack, rtol=rtol)
     result = robust_radius(model.to(dtype), x, attack=attack, rtol=rtol)
     assert result.dtype == torch.float32

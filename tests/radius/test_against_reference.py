@@ -123,7 +123,7 @@ def test_float32_agrees_with_float64(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_inputs(dtype, method):
     model, x = mlp(seed=4), uniform(64, 12, seed=4).to(dtype)
-    options = {"method": method, "h": 0.05, "rtol": 0.05}  # bfloat16 has no finer steps
+    options = {"method": method, "h": 0.05, "rtol": 0.15}  # bfloat16 has no finer steps
     result = robust_radius(copy.deepcopy(model).to(dtype), x, **options, full=True)
     assert result.radius.dtype == torch.float32
     expected = reference.robust_radius(model, x.double(), **options)

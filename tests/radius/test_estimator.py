@@ -46,8 +46,8 @@ def test_equals_robust_radius(mode, size, counts, options, dtype, seed):
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision_inputs(mode, dtype):
     model, x = RowExact(), uniform(11, 12).to(dtype)
-    estimator = estimator_in(mode, model, x[:4], rtol=0.05)
-    assert_identical(estimator(x), robust_radius(model, x, rtol=0.05, full=True))
+    estimator = estimator_in(mode, model, x[:4], rtol=0.15)
+    assert_identical(estimator(x), robust_radius(model, x, rtol=0.15, full=True))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -221,7 +221,7 @@ def test_bfloat16_inputs_say_that_they_have_no_such_steps():
     assert torch.equal(
         result.resolved, (result.upper - result.lower <= 1e-2 * result.upper) | ~result.found
     )
-    coarse = robust_radius(model, x, rtol=0.05, full=True)
+    coarse = robust_radius(model, x, rtol=0.15, full=True)
     assert coarse.resolved.all()
 
 

@@ -219,8 +219,9 @@ dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_
 data = Indexed()
 shards = run(out, data, resume=True)
 assert shards.complete and len(shards) == 11
-print(*data.loaded)
-dist.destroy_process_group()
+print(*data.loaded, flush=True)
+dist.barrier()
+os._exit(0)  # gloo's threads may meet the end of the interpreter, and hang or abort
 """
 
 
@@ -229,7 +230,11 @@ def run_by_two(out: Path, store: Path) -> list[tuple[int, str, str]]:
     command = [sys.executable, "-c", TWO, HERE, str(out)]
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([*command, str(rank), str(store)], **settings) for rank in (0, 1)]
-    printed = [process.communicate(timeout=120) for process in processes]
+    try:
+        printed = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # nothing, where it has ended
     return [(p.returncode, *texts) for p, texts in zip(processes, printed, strict=True)]
 
 
