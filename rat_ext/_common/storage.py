@@ -81,7 +81,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         BlockingIOError: somebody has the lock; says who.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Not the lock file itself, which some versions of filelock empty when they try to lock it.
+    # Not in the lock file itself, whose content is filelock's affair.
     lock, holder = FileLock(folder / ".lock"), folder / ".lock-holder"
     try:
         lock.acquire(timeout=0)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import RowExact, uniform
-from test_shards import BATCH, PER_SHARD, Indexed, N, assert_same, reopen, run, run_by_two
+from test_shards import BATCH, HERE, PER_SHARD, Indexed, N, assert_same, reopen, run, run_by_two
 from torch.utils.data import DataLoader
 
 from rat_ext import RadiusShards, robust_radii
@@ -202,6 +205,33 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
         raise RuntimeError("let go")
     with locked(tmp_path / "out", "me"):
         pass
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[1].split(os.pathsep)
+from rat_ext._common.storage import locked
+with locked(Path(sys.argv[2]), "a run with workers"):
+    worker = os.fork()
+    if not worker:
+        time.sleep(600)
+    print(worker, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_does_not_keep_the_lock_of_a_killed_run(tmp_path: Path) -> None:
+    with (tmp_path / "printed").open("w+") as file:  # a pipe would be open until the worker ends
+        process = subprocess.run([sys.executable, "-c", KILLED, HERE, tmp_path], stdout=file)
+        assert process.returncode == -signal.SIGKILL
+        file.seek(0)
+        worker = int(file.read())
+    try:
+        with locked(tmp_path, "the next run"):
+            os.kill(worker, 0)  # it is alive
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_writers_of_one_file_do_not_take_each_others(tmp_path: Path) -> None:
