@@ -216,6 +216,15 @@ def test_bootstrap_interval(metric):
     assert low < narrow.low < narrow.high < high
 
 
+def test_all_intervals_of_the_summary_are_of_the_same_resamples():
+    rng = np.random.default_rng(2)
+    confidence, correct = rng.normal(size=50), rng.random(50) < 0.7
+    for options in ({}, {"seed": 3}, {"level": 0.5}):
+        summary = metrics.summary(confidence, correct, n_boot=20, **options)
+        assert summary["aurc"] == metrics.aurc(confidence, correct, n_boot=20, **options)
+        assert summary["auroc"] == metrics.auroc(confidence, correct, n_boot=20, **options)
+
+
 def test_help_tells_the_options_and_those_of_the_bootstrap():
     signature = inspect.signature(metrics.fpr_at_tpr)
     names = ["confidence", "correct", "tpr", "positive", "n_boot", "level", "seed"]
