@@ -1,5 +1,5 @@
 # make demo     the main job on real data: a table, and an HTML report in demo-report/
-# make test     the test suite, against the installed package
+# make test     the test suite, against the installed package, and which lines of it never ran
 # make lint     style and types of the sources, and which file imports which
 # make sanitize the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make docs     the documentation as a site, in build/site; warnings are errors
@@ -23,7 +23,7 @@ demo: $(VENV)/installed-demo
 
 # The script `pytest`, unlike `python -m pytest`, keeps the source tree off the import path.
 test: $(VENV)/installed-dev
-	$(bin)/pytest
+	$(bin)/pytest --cov
 
 lint: $(VENV)/installed-dev
 	$(bin)/ruff check
@@ -57,6 +57,6 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist demo-report *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-report *.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
 	rm -f rat_ext/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
