@@ -126,10 +126,10 @@ def test_rounding_at_a_bound_is_no_violation(dtype):
     x = x.clamp(low, high)  # rounded outward in half precision
     x[0, 0] = torch.nextafter(torch.tensor(high), torch.tensor(9.0)).to(dtype)
     net = mlp().to(dtype)
-    options = {"bounds": (low, high), "rtol": 0.1, "full": True}
+    options = {"bounds": (low, high), "rtol": 0.15, "full": True}
     for measure in (robust_radius, reference.robust_radius):
         assert not measure(net, x, **options).radius.isnan().any()
-    assert not RadiusEstimator(net, x, bounds=(low, high), rtol=0.1)(x).radius.isnan().any()
+    assert not RadiusEstimator(net, x, bounds=(low, high), rtol=0.15)(x).radius.isnan().any()
 
 
 def test_interpolated_images_are_in_bounds():
