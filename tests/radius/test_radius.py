@@ -171,7 +171,7 @@ def test_order_and_chunks_of_a_batch_change_nothing(method, probes):
     whole = robust_radius(model, x, **options)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     assert_identical(robust_radius(model, x[order], **options), whole[order])
-    for batch_size in (1, 7, 39, 1000):
+    for batch_size in (probes, 7, 39, 1000):
         assert_identical(robust_radius(model, x, batch_size=batch_size, **options), whole)
     parts = [robust_radius(model, part, **options) for part in x.split(11)]
     assert torch.equal(torch.cat([part.radius for part in parts]), whole.radius)
@@ -460,6 +460,7 @@ def test_bad_arguments(function, error, message, x, options):
         ("search is 'dance'; expected 'interpolate' or 'bisect'", {"search": "dance"}),
         ("probes is 0; it must be from 1 to 32", {"probes": 0}),
         ("probes is 33; it must be from 1 to 32", {"probes": 33}),
+        ("batch_size is 2, .* use probes=2 or fewer", {"batch_size": 2, "probes": 3}),
     ],
 )
 def test_bad_search_arguments(message, options):
