@@ -175,7 +175,7 @@ class Case:
         maybe("probes", 0 if one_probe else 0.4, dice.randint(1, 8))
         maybe("rtol", 0.6, max(dice.choice([0.5, 0.1, 1e-3, 2**-12, 1e-8]), 64.1 * wide.eps))
         maybe("temperature", 0.4, 10 ** dice.uniform(-2, 2))
-        maybe("batch_size", 0.3, dice.randint(1, 9))
+        maybe("batch_size", 0.3, max(dice.randint(1, 9), o.get("probes", 1)))
         maybe("search", 0.2, "bisect")
         maybe("h", 0.2, (high - low) * 10 ** dice.uniform(-4, -1))
         reach = (-12, -6) if self.kind == "wide" else (-4, 0.3)

@@ -163,7 +163,7 @@ def check_attack(tally: Tally, case: Case, ray: Ray, result, options: dict, poin
     count_non_monotone(tally, case, ray[turns], options, first_changed[turns])
 
     order = torch.randperm(len(y))
-    split = {"batch_size": int(torch.randint(1, 9, ()))}
+    split = {"batch_size": max(int(torch.randint(1, 9, ())), options.get("probes", 1))}
     again, rays = run(case, ray.x[order], {**options, **split})
     back = order.argsort()
     compare(tally, "batching", ray, result, again[back], ~turns, rays[0][back])
@@ -273,7 +273,7 @@ def count_non_monotone(tally: Tally, case: Case, ray: Ray, options: dict, first:
         return
     tally.non_monotone["rows"] += len(ray.x)
     for probes in PROBES:
-        result, _ = run(case, ray.x, {**options, "probes": probes})
+        result, _ = run(case, ray.x, {**options, "probes": probes, "batch_size": None})
         tally.non_monotone[f"not found, {probes} probes"] += int((~result.found).sum())
         later = result.found & (result.lower > first)
         tally.non_monotone[f"later crossing, {probes} probes"] += int(later.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -33,7 +34,8 @@ _SERVE_HELP = {
     "max_wait_ms": "how long the first input of a batch waits for others",
     "queue": "inputs that may wait for the model; more are refused (503)",
     "timeout": "seconds from a complete request to its answer (504)",
-    "body_timeout": "seconds in which a client must have sent its request (408)",
+    "body_timeout": "seconds in which a client must have sent its request (408), and read its "
+    "answer",
     "max_body": "bytes of a request (413)",
     "max_pixels": "of an image, however small its file is (413)",
     "connections": "open at the same time; more are refused (503)",
@@ -102,6 +104,11 @@ def run(options: argparse.Namespace) -> None:
         parameter = next(model.parameters(), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
         low, high = options.bounds
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(
+                f"bounds is {(low, high)}; to serve they must be finite: those of the pixels of an "
+                "image, or of the values that the model was trained on"
+            )
         search = search_options(options, *SEARCH)
         Options.checked(torch.empty(1, *shape, dtype=dtype), **search)
         detector = None

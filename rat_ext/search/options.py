@@ -374,6 +374,11 @@ def _check_together(value: dict[str, Any], attacks: tuple[Attack, ...], bounds: 
         raise ValueError(
             f"probes is {value['probes']}; attack {slow[0]!r} takes one at a time: use probes=1"
         )
+    if value["method"] != "fast" and value["probes"] > (value["batch_size"] or math.inf):
+        raise ValueError(
+            f"batch_size is {value['batch_size']}, too few rows for {value['probes']} probes of "
+            f"one sample; use probes={value['batch_size']} or fewer, or a larger batch_size"
+        )
     borrowed = [each.name for each in attacks if each.library]
     if borrowed and not bounds.finite:
         raise ValueError(

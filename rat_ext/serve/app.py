@@ -21,7 +21,7 @@ from .body import CLOSE, file_in, read_body
 from .decoding import Decoder, InputError
 from .gate import Answer, Gate, NotFiniteError
 from .monitoring import Measured, Metrics
-from .schema import ERRORS, REQUEST_BODY, Info, Prediction
+from .schema import ERRORS, REQUEST_BODY, Info, Prediction, Problem
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,9 @@ INLINE = 2**14
 """Bytes up to which an input is decoded where it came in, and not in another thread: for small
 ones the change of threads takes longer. An image to be resized may be large however few they are.
 """
+
+DECODED_TOGETHER = 2
+"""Larger inputs that are decoded at the same time, since each takes several times its size."""
 
 _RETRY = {"Retry-After": "1"}
 # The page is one file: its script and style are its own, and it talks to this server alone.
@@ -74,6 +77,27 @@ def create_app(
         max_wait=settings.max_wait_ms / 1000,
         queue=settings.queue,
     )
+    turns = asyncio.Semaphore(DECODED_TOGETHER)
+
+    def decoded(kind: str, body: bytes) -> Tensor | InputError:
+        try:
+            return decoder(file_in(kind, body))
+        except InputError as error:
+            # Without its traceback, whose frames hold the body: asyncio ties errors into cycles,
+            # which are freed much later.
+            return InputError(str(error), error.status)
+
+    async def judged(kind: str, body: bytes) -> Answer:
+        if len(body) <= INLINE and not decoder.resize:
+            x = decoded(kind, body)
+        else:
+            async with turns:
+                x = await run_in_threadpool(decoded, kind, body)
+        del body  # the answer may take long
+        if isinstance(x, InputError):
+            raise x
+        return await _answer(batcher.submit(x))
+
     metrics.waiting.set_function(lambda: batcher.waiting)
     page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     info = Info(
@@ -109,20 +133,23 @@ def create_app(
     @app.post(
         "/predict",
         response_model=Prediction,
-        responses={status: {"description": text} for status, text in ERRORS.items()},
+        responses={
+            status: {"description": text, "model": Problem} for status, text in ERRORS.items()
+        },
         openapi_extra={"requestBody": REQUEST_BODY},
     )
     async def predict(request: Request) -> Prediction:
         """The prediction for one image or tensor, with its radius and verdict."""
         with _refusals():
             batcher.check()  # before time is spent on a body
-        body = await read_body(request, settings)
+        kind = request.headers.get("content-type", "")
+        work = judged(kind, await read_body(request, settings))
         with _refusals():
-            file = await file_in(request, body)
-            quick = len(file) <= INLINE and not decoder.resize
-            x = decoder(file) if quick else await run_in_threadpool(decoder, file)
-            future = batcher.submit(x)
-        answer = await _answer(future, settings.timeout)
+            try:
+                answer = await asyncio.wait_for(work, settings.timeout)
+            except asyncio.TimeoutError as error:
+                message = f"there was no answer after {settings.timeout:g} s"
+                raise HTTPException(504, message, _RETRY) from error
         verdict = {True: "accepted", False: "rejected", None: "ungated"}[answer.accepted]
         metrics.predictions.labels(verdict).inc()
         return Prediction.of(answer, classes)
@@ -172,11 +199,9 @@ def _refusals() -> Iterator[None]:
         raise HTTPException(503, "the server is shutting down", {**_RETRY, **CLOSE}) from error
 
 
-async def _answer(future: Future[Answer], seconds: float) -> Answer:
+async def _answer(future: Future[Answer]) -> Answer:
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(future), seconds)
-    except asyncio.TimeoutError as error:
-        raise HTTPException(504, f"there was no answer after {seconds:g} s", _RETRY) from error
+        return await asyncio.wrap_future(future)
     except NotFiniteError as error:
         raise HTTPException(500, str(error)) from error
     except Exception as error:

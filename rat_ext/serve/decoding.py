@@ -18,6 +18,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's name of images with so many channels."""
 _NPY = b"\x93NUMPY"
+_IN_JSON_NUMBERS = b"0123456789+-.eE,[] \t\r\n"
 _NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -59,7 +60,7 @@ class Decoder:
         if data.startswith(_NPY):
             return self._checked(self._npy(data))
         if data[:64].lstrip().startswith(b"["):
-            return self._checked(_json(data))
+            return self._checked(self._json(data))
         return self._image(data)
 
     def _npy(self, data: bytes) -> NDArray[Any]:
@@ -80,7 +81,7 @@ class Decoder:
     def _check_array(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
         if dtype.kind not in "fiu":
             raise InputError(f"the tensor holds {dtype}; expected numbers")
-        if shape != self.shape:
+        if shape != self.shape or bool in map(type, shape):  # True == 1
             raise InputError(f"the tensor has shape {shape}; the model takes one {self.shape}")
 
     def _checked(self, array: NDArray[Any]) -> Tensor:
@@ -97,6 +98,28 @@ class Decoder:
                 "normalisation, which the model does itself; divide 8-bit pixels by 255"
             )
         return x
+
+    def _json(self, data: bytes) -> NDArray[np.float64]:
+        # Before it is parsed: a list of numbers takes up to 16 times the memory of its text, and
+        # one of strings more than there is. No more than an input of the model has is let through.
+        if other := data.translate(None, _IN_JSON_NUMBERS):
+            raise InputError(f"the JSON list holds {other[:1]!r}; expected numbers, and no words")
+        numbers, lists = data.count(b",") + 1, data.count(b"[")
+        most = math.prod(self.shape)
+        most_lists = 1 + sum(math.prod(self.shape[:i]) for i in range(1, len(self.shape)))
+        if numbers > most or lists > most_lists:
+            raise InputError(
+                f"the JSON has {numbers} numbers in {lists} lists; the model takes an input of "
+                f"shape {self.shape}: {most} numbers in {most_lists} lists"
+            )
+        try:
+            return np.array(json.loads(data), np.float64)
+        except OverflowError as error:
+            raise InputError("the tensor has values that are not finite in float64") from error
+        except (ValueError, RecursionError) as error:  # also for rows of unequal lengths
+            raise InputError(
+                f"this is no JSON list of numbers, all rows equally long: {error}"
+            ) from error
 
     def _image(self, data: bytes) -> Tensor:
         if len(self.shape) != 3 or self.shape[0] not in _MODES:
@@ -140,15 +163,3 @@ class Decoder:
         x = pixels.view(height, width, channels).permute(2, 0, 1).contiguous().to(self.dtype) / 255
         low, high = self.bounds
         return x if (low, high) == (0, 1) else (low + (high - low) * x).clamp_(low, high)
-
-
-def _json(data: bytes) -> NDArray[Any]:
-    try:
-        array = np.array(json.loads(data))
-    except RecursionError as error:
-        raise InputError("the JSON list is nested too deeply") from error
-    except ValueError as error:  # also what json and UTF-8 raise, and rows of unequal lengths
-        raise InputError(f"this is no JSON list of numbers, all rows equally long: {error}") from (
-            error
-        )
-    return array

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..radius import robust_radius
-from ..radius_scores import RadiusScore
+from ..scores.base import Score
+from ..scores.radius import RadiusScore
 from ..search.options import SearchOptions
 
 
@@ -87,15 +88,36 @@ class Gate:
         """Run one input in the middle of the bounds.
 
         Raises:
-            ValueError: the model does not take such inputs.
+            ValueError: the model does not take such inputs, or the detector's score none at the
+                ends of the bounds.
         """
         low, high = cast("tuple[float, float]", self.options.get("bounds", (0.0, 1.0)))
+        ends = torch.stack([torch.full(shape, end, dtype=dtype) for end in (low, high)])
+        for score in _scores_in(getattr(self.detector, "score", None)):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # rows that are not finite
+                    score.score(self.model, ends.to(self.device))
+            except ValueError as error:
+                raise ValueError(
+                    f"the detector does not take all inputs within bounds = ({low:g}, {high:g}); "
+                    f"serve the bounds that it was fitted with, or fit one with these: {error}"
+                ) from error
+            except Exception:
+                break  # the model's own, told below
         try:
             (answer,) = self([torch.full(shape, (low + high) / 2, dtype=dtype)])
         except Exception as error:
             raise ValueError(f"the model fails on an input of shape {shape}: {error}") from error
         if isinstance(answer, NotFiniteError):
             raise ValueError(f"on an input of shape {shape}, {answer}")
+
+
+def _scores_in(score: Any) -> list[Score]:
+    """A detector's score, and those that it is made of: a cascade runs one of its own seldom."""
+    if not isinstance(score, Score):
+        return []
+    return [score, *(part for each in vars(score).values() for part in _scores_in(each))]
 
 
 def _answer(values: dict[str, Any]) -> Answer | NotFiniteError:

@@ -70,6 +70,12 @@ class Prediction(BaseModel):
         )
 
 
+class Problem(BaseModel):
+    """What every error comes as."""
+
+    detail: str = Field(description="what is wrong, and what to do")
+
+
 class Info(BaseModel):
     """What is served."""
 

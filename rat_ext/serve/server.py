@@ -45,17 +45,21 @@ class Server(uvicorn.Server):
 
 
 def _protocol(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, but a connection on which no whole head of a request comes is closed.
+    """uvicorn's protocol, but it closes the connections of clients that do not keep up.
 
-    uvicorn itself waits for ever: a few hundred silent clients would take all connections.
+    They are those who do not send the whole head of a request in time, or do not read an answer.
+    uvicorn itself waits for ever: a few hundred such clients would take all connections.
     """
 
     class Protocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _unread: asyncio.TimerHandle | None = None
+        _patience = seconds
 
         # asyncio's stubs let any transport come; over TCP it is this one.
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            transport.set_write_buffer_limits(high=0)  # pause as soon as anything is left unread
             self._watch()
 
         def data_received(self, data: bytes) -> None:
@@ -64,7 +68,26 @@ def _protocol(seconds: float) -> type[H11Protocol]:
 
         def connection_lost(self, error: Exception | None) -> None:
             self._forget()
+            self.resume_writing()
             super().connection_lost(error)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            # Not close(), which would wait until all is read.
+            self._unread = self.loop.call_later(self._patience, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
+            super().resume_writing()
+
+        def shutdown(self) -> None:
+            super().shutdown()
+            self._patience = min(seconds, LINGER)
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = self.loop.call_later(self._patience, self.transport.abort)
 
         def _watch(self) -> None:
             if self.cycle is not None and not self.cycle.response_complete:
@@ -98,6 +121,7 @@ def serve(
         access_log: log every request.
 
     Raises:
+        ValueError: there is no such port.
         OSError: the address cannot be had.
     """
     listener = listen(host, port)
@@ -109,7 +133,7 @@ def serve(
         lifespan="on",
         log_level="info" if access_log else "warning",
         access_log=access_log,
-        limit_concurrency=settings.connections,
+        limit_concurrency=settings.connections + 1,  # it refuses at the limit, not above it
         timeout_graceful_shutdown=math.ceil(longest) + 1,
     )
     with listener:
@@ -120,21 +144,24 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that is bound to the address.
 
     Raises:
+        ValueError: there is no such port.
         OSError: the address cannot be had.
     """
+    if not 0 <= port < 2**16:  # the address would have its lowest 16 bits
+        raise ValueError(f"port is {port}; it must be from 0, for a free one, to {2**16 - 1}")
     try:
         # With its protocol named: asyncio turns Nagle's algorithm off for such sockets alone, and
         # with it every answer waits some 40 ms for the acknowledgement of its first packet.
         tcp = {"type": socket.SOCK_STREAM, "proto": socket.IPPROTO_TCP}
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, **tcp)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise OSError(f"cannot listen on {host}, port {port}: {error}") from error
     try:
         # A port is free as soon as the last server is gone, not only a minute later.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
         raise OSError(f"cannot listen on {host}, port {port}: {error}") from error
     return listener

@@ -23,7 +23,8 @@ class Settings:
     timeout: float = 30.0
     """Seconds from the last byte of a request to its answer; then status 504."""
     body_timeout: float = 30.0
-    """Seconds in which a client must have sent its request; then status 408."""
+    """Seconds in which a client must have sent its request, then status 408; and in which it must
+    have read its answer, else the connection is closed."""
     max_body: int = 10 * 2**20
     """Bytes of a request; more are refused with status 413."""
     max_pixels: int = 2**24

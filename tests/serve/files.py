@@ -33,9 +33,10 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
 
 
-def huge_npy() -> bytes:
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """A .npy file without the numbers."""
     file = io.BytesIO()
-    header = {"descr": "<f8", "fortran_order": False, "shape": (10**9, 10**6)}
+    header = {"descr": "<f8", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue()
 
@@ -55,19 +56,23 @@ BAD = {
     "not finite": (npy(np.full((1, 5, 6), np.nan)), 422, "not finite in float32"),
     "too large": (npy(np.full((1, 5, 6), 1e39)), 422, "not finite in float32"),
     "out of bounds": (npy([GREY]), 422, "from 0 to 232, outside the model's bounds (0, 1)"),
-    "strings": (b'[["1", "2"]]', 422, "the tensor holds <U1; expected numbers"),
-    "booleans": (b"[[true]]", 422, "the tensor holds bool"),
-    "objects": (b'[{"a": 1}]', 422, "the tensor holds object"),
+    "strings": (b'[["1", "2"]]', 422, "the JSON list holds b'\"'; expected numbers"),
+    "booleans": (b"[[true]]", 422, "the JSON list holds b't'; expected numbers"),
+    "objects": (b'[{"a": 1}]', 422, "the JSON list holds b'{'; expected numbers"),
     "complex": (npy(np.zeros((1, 5, 6), complex)), 422, "the tensor holds complex128"),
     "ragged": (b"[[1, 2], [3]]", 422, "all rows equally long"),
     "cut off": (b"[[1, 2", 422, "this is no JSON list of numbers"),
-    "not UTF-8": (b"[\xff\xfe]", 422, "this is no JSON list of numbers"),
-    "nested": (b"[" * 100_000, 422, "nested too deeply"),
+    "not UTF-8": (b"[\xff\xfe]", 422, "the JSON list holds b'\\xff'"),
+    "nested": (b"[" * 100_000, 422, "1 numbers in 100000 lists; the model takes"),
+    "many numbers": (b"[" + b"0," * 30 + b"0]", 422, "31 numbers in 1 lists; the model takes an"),
+    "large integer": (b"[" + b"9" * 400 + b"]", 422, "not finite in float64"),
+    "a word": (b"[NaN]", 422, "the JSON list holds b'N'; expected numbers"),
     "many digits": (b"[" + b"9" * 10_000 + b"]", 422, "this is no JSON list of numbers"),
     "JSON infinity": (b"[[[1e999]]]", 422, "has shape (1, 1, 1)"),
     "pickled": (npy(np.array([{}], object), allow_pickle=True), 422, "the tensor holds object"),
     "truncated array": (npy(np.zeros((1, 5, 6)))[:-8], 422, "the .npy file is damaged"),
     "broken array": (b"\x93NUMPY\1\0v\0{'descr", 422, "no .npy file that numpy.load reads"),
     "unknown version": (b"\x93NUMPY\7\0v\0", 422, "no .npy file that numpy.load reads"),
-    "huge array": (huge_npy(), 422, "has shape (1000000000, 1000000)"),
+    "a size of true": (npy_header((True, 5, 6)) + bytes(240), 422, "has shape (True, 5, 6)"),
+    "huge array": (npy_header((10**9, 10**6)), 422, "has shape (1000000000, 1000000)"),
 }

@@ -23,7 +23,8 @@ import rat_ext
 from rat_ext.serve import Settings
 from rat_ext.serve.app import create_app
 from rat_ext.serve.batching import Batcher
-from rat_ext.serve.decoding import Decoder
+from rat_ext.serve.body import file_in
+from rat_ext.serve.decoding import Decoder, InputError
 from rat_ext.serve.gate import Gate
 
 
@@ -119,26 +120,63 @@ def test_bodies_and_forms_are_equal() -> None:
                 return await http.post("/predict", files={"file": ("x.npy", npy(x))})
 
         assert plain.json() == text.json() == asyncio.run(form()).json()
-        for head, body, message in [
-            ("multipart/form-data; boundary=b", "--b--\r\n", "the form has no file"),
-            ("multipart/form-data", "x", "Missing boundary"),
-        ]:
-            (response,) = post(app, body, headers={"Content-Type": head})
-            assert response.status_code == 400, message
-            assert message in response.json()["detail"]
+
+
+CONTENT = b"\r\n--a\r\n"
+FORM = "multipart/form-data; boundary=b"
+FIELD = b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\nvalue\r\n'
+FILE = b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\nX: y\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("image/png", CONTENT),
+        (FORM, FILE + CONTENT + b"\r\n--b--\r\n"),
+        ('Multipart/Form-Data; Boundary="b"; charset=idna', FILE + CONTENT + b"\r\n--b--"),
+        (FORM, b"preamble\r\n" + FIELD + FILE + CONTENT + b"\r\n" + FIELD + b"--b--"),
+    ],
+    ids=["no form", "form", "quoted", "between others"],
+)
+def test_the_file_of_a_form(kind: str, body: bytes) -> None:
+    assert file_in(kind, body) == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "message"),
+    [
+        ("multipart/form-data", b"x", "names no boundary"),
+        (FORM, b"", "the form has no file"),
+        (FORM, b"--b--\r\n", "the form has no file"),
+        (FORM, FIELD + b"--b--\r\n", "the form has no file"),
+        (FORM, FIELD * 17 + FILE + b"x\r\n--b--\r\n", "the form has no file"),
+        (FORM, FILE + b"x", "a part of it has no end"),
+        (FORM, b"--b\r\nContent-Disposition: form-data", "a part of it has no end"),
+        (FORM, b"--b\r\n" + b"x" * 10_000 + b"\r\n\r\nx\r\n--b--", "a part of it has no end"),
+    ],
+)
+def test_forms_without_a_file_are_told_why(kind: str, body: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        file_in(kind, body)
+    assert caught.value.status == 400
+    with service(RowExact()) as app:
+        (response,) = post(app, body, headers={"Content-Type": kind})
+    assert response.status_code == 400
+    assert message in response.json()["detail"]
 
 
 def test_a_detector_gives_verdicts() -> None:
     model = RowExact()
     dark, bright = torch.full((12,), 0.25).double(), torch.full((12,), 0.75).double()
     with service(model, detector=Brightness(model)) as app:
-        answers = [response.json() for response in post(app, npy(dark), npy(bright))]
+        files = [npy(dark), npy(bright), npy(bright)]
+        answers = [response.json() for response in post(app, *files)]
         counts = metrics_in(get(app, "/metrics").text)
         assert get(app, "/info").json()["detector"] is True
-    assert [answer["accepted"] for answer in answers] == [False, True]
-    assert [answer["confidence"] for answer in answers] == [0.25, 0.75]
-    assert [answer["probability"] for answer in answers] == [0.125, 0.375]
-    assert counts['rat_ext_predictions_total{verdict="accepted"}'] == 1
+    assert [answer["accepted"] for answer in answers] == [False, True, True]
+    assert [answer["confidence"] for answer in answers] == [0.25, 0.75, 0.75]
+    assert [answer["probability"] for answer in answers] == [0.125, 0.375, 0.375]
+    assert counts['rat_ext_predictions_total{verdict="accepted"}'] == 2
     assert counts['rat_ext_predictions_total{verdict="rejected"}'] == 1
     assert counts['rat_ext_predictions_total{verdict="ungated"}'] == 0
 

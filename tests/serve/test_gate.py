@@ -11,6 +11,7 @@ from service import Brightness, Fragile, served_model
 
 import rat_ext
 from rat_ext import Detector
+from rat_ext.scores import Cascade
 from rat_ext.serve.gate import Gate
 
 
@@ -38,6 +39,23 @@ def test_gate_warms_up_or_says_why_not() -> None:
         Gate(cnn()).warm_up((1, 8, 8), torch.float32)
     with pytest.raises(ValueError, match="logits or their gradient are not finite"):
         Gate(Fragile()).warm_up((12,), torch.float64)
+
+
+@pytest.mark.parametrize("score", ["rr-bs", "odin", "cascade"])
+def test_gate_refuses_bounds_that_the_detector_does_not_take(served: Path, score: str) -> None:
+    model, x = served_model(served), uniform(40, 1, 8, 8, dtype=torch.float32)
+    held_out = [(x, torch.arange(40) % 3)]
+    made = {
+        "rr-bs": rat_ext.scores.get("rr-bs", temperature=1.0),
+        "odin": rat_ext.scores.get("odin", temperature=1.0, perturbation=0.01),
+        "cascade": Cascade("msr", rat_ext.scores.get("rr-bs", temperature=1.0)),
+    }[score]
+    judge = Detector.fit(model, held_out, made, coverage=0.5, progress=False)
+    Gate(model, judge).warm_up((1, 8, 8), torch.float32)
+    with pytest.raises(ValueError, match=r"not take all inputs within bounds = \(-1, 1\); serve"):
+        Gate(model, judge, options={"bounds": (-1.0, 1.0)}).warm_up((1, 8, 8), torch.float32)
+    with pytest.raises(ValueError, match=r"the model fails on an input of shape \(1, 9, 9\)"):
+        Gate(model, judge).warm_up((1, 9, 9), torch.float32)
 
 
 def test_gate_takes_the_radius_of_a_detector_that_measures_one(

@@ -15,6 +15,7 @@ from rat_ext import cli, models
 
 def test_errors_of_serve(
     served: Path,
+    detector: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -23,6 +24,7 @@ def test_errors_of_serve(
     torch.save(models.create("digits-cnn").state_dict(), tmp_path / "bare.pt")
     (tmp_path / "names.txt").write_text("a\nb\n")
     good = ["--checkpoint", str(served / "model.pt")]
+    gate = str(detector)
     bare = ["--checkpoint", str(tmp_path / "bare.pt")]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for arguments, message in [
@@ -46,6 +48,16 @@ def test_errors_of_serve(
             ([*good, "--input-size", "1x8x8", "--rtol", "2"], "rtol is 2.0"),
             ([*good, "--input-size", "1x8x8", "--bounds", "1", "0"], "bounds is (1.0, 0.0)"),
             ([*good, "--input-size", "1x8x8", "--no-radius"], "there is neither a detector nor"),
+            (
+                [*good, "--input-size", "1x8x8", "--bounds", "0", "inf"],
+                "bounds is (0.0, inf); to serve they must be finite",
+            ),
+            (
+                [*good, "--input-size", "1x8x8", "--bounds", "-1", "1", "--detector", gate],
+                "the detector does not take all inputs within bounds = (-1, 1)",
+            ),
+            ([*good, "--input-size", "1x8x8", "--port", "70000"], "port is 70000; it must be"),
+            ([*good, "--input-size", "1x8x8", "--port", "-1"], "port is -1; it must be from 0"),
             (
                 [*good, "--input-size", "1x8x8", "--port", str(taken.getsockname()[1])],
                 "cannot listen on 127.0.0.1, port",
