@@ -39,9 +39,7 @@ def test_what_is_not_guaranteed_is_the_same_of_more_samples(criterion: str) -> N
 
 
 def test_one_sample_guarantees_nothing() -> None:
-    with pytest.raises(
-        ValueError, match=r"\(at least 29 must be accepted"
-    ):
+    with pytest.raises(ValueError, match=r"\(at least 29 must be accepted"):
         Rule("target_risk", 0.1, 0.05).choose(np.array([0.5]), np.array([True]))
 
 
