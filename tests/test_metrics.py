@@ -216,6 +216,18 @@ def test_bootstrap_interval(metric):
     assert low < narrow.low < narrow.high < high
 
 
+@pytest.mark.parametrize("metric", EVERY)
+def test_the_interval_is_that_of_the_metric_on_resamples(metric):
+    """On ties, too, of which a resample may lack some."""
+    rng = np.random.default_rng(4)
+    confidence, correct = rng.integers(0, 12, 25), rng.random(25) < 0.6
+    resamples = np.random.default_rng(7)
+    draws = [resamples.integers(25, size=25) for _ in range(30)]
+    values = [metric(confidence[i], correct[i]) for i in draws]
+    _, *interval = metric(confidence, correct, n_boot=30, level=0.8, seed=7)
+    assert interval == pytest.approx(np.quantile(values, [0.1, 0.9]))
+
+
 def test_all_intervals_of_the_summary_are_of_the_same_resamples():
     rng = np.random.default_rng(2)
     confidence, correct = rng.normal(size=50), rng.random(50) < 0.7
@@ -292,6 +304,8 @@ def test_bad_input(metric, confidence, correct, message):
         (metrics.aurc, {"variant": "median"}, "'mean' or 'trapezoid'"),
         (metrics.aurc, {"n_boot": -1}, "n_boot is -1"),
         (metrics.auroc, {"n_boot": 9, "level": 95}, "level is 95"),
+        (metrics.auroc, {"n_boot": 9, "level": 1}, "level is 1; it must be between 0 and 1"),
+        (metrics.auroc, {"n_boot": 9, "level": 0}, "level is 0; it must be between 0 and 1"),
         (metrics.fpr_at_tpr, {"tpr": 95}, "tpr is 95"),
         (metrics.fpr_at_tpr, {"positive": "wrong"}, "'correct' or 'error'"),
         (metrics.accuracy_at_coverage, {"coverage": 0}, "coverage is 0"),

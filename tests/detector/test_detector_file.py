@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -167,10 +168,11 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_text("older")
-    (tmp_path / ".file.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr("uuid.uuid4", lambda: SimpleNamespace(hex="full"))
+    (tmp_path / ".file.tmp-full").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"written to .*file: No space left.*; make room there"):
         fit("msr").save(path)
     assert path.read_text() == "older"
