@@ -104,7 +104,7 @@ def create_app(
         version=__version__,
         model=name,
         input_size=list(decoder.shape),
-        bounds=decoder.bounds,
+        bounds=list(decoder.bounds),
         classes=None if classes is None else list(classes),
         resize=decoder.resize,
         detector=gate.detector is not None,
@@ -163,14 +163,22 @@ def create_app(
         """What is served."""
         return info
 
-    @app.get("/healthz", response_class=PlainTextResponse)
+    @app.get(
+        "/healthz",
+        response_class=PlainTextResponse,
+        responses={503: {"description": "the process is of no more use"}},
+    )
     async def healthz() -> Response:
         """200 while the process works; 503: restart it."""
         if batcher.alive or batcher.closed:
             return PlainTextResponse("ok\n")
         return PlainTextResponse("the model's thread has died\n", 503)
 
-    @app.get("/readyz", response_class=PlainTextResponse)
+    @app.get(
+        "/readyz",
+        response_class=PlainTextResponse,
+        responses={503: {"description": "no requests are taken"}},
+    )
     async def readyz() -> Response:
         """200 while requests are taken; 503: send them elsewhere."""
         if batcher.alive and not batcher.closed:

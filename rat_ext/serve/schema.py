@@ -82,7 +82,7 @@ class Info(BaseModel):
     version: str
     model: str
     input_size: list[int]
-    bounds: tuple[float, float]
+    bounds: list[float] = Field(min_length=2, max_length=2)
     classes: list[str] | None
     resize: bool
     detector: bool
