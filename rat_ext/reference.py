@@ -48,7 +48,7 @@ def robust_radius(
 
     Args:
         model: as in `rat_ext.robust_radius`, and so are ``x``, ``full`` and the options. The search
-            is a doubling from 1e-6 of eps_max and then a bisection, so ``search`` and ``probes``
+            is a doubling from 1e-6 and then a bisection, so ``search`` and ``probes``
             are not taken; ``attack`` is "fgsm", "fgsm_l2", "pgd" or "pgd_l2".
         x: (N, ...) inputs; float64 where the result is to be an oracle.
         full: return a RadiusResult instead of the radii alone.

@@ -45,7 +45,7 @@ HALF_STEPS = 16
 """Spacings of an input in half precision that a bracket is wide at least."""
 
 FIRST_STEP = 1e-6
-"""The first radius that plain doubling probes, as a share of eps_max, or of 1 without bounds."""
+"""The first radius that plain doubling probes, as a share of eps_max or of 1, if that is less."""
 
 MAX_PROBES = 32  # kMaxProbes of csrc/rule/bracket.h
 
@@ -326,7 +326,7 @@ class Options:
         eps_max = value["eps_max"]
         if eps_max is None:
             eps_max = bounds.reach(attacks[0].norm, x)
-        first_step = FIRST_STEP * (eps_max if bounds.finite else min(eps_max, 1.0))
+        first_step = FIRST_STEP * min(eps_max, 1.0)
         # Further out, sums of two radii or of a radius and an input overflow.
         eps_max = min(eps_max, torch.finfo(WIDE[x.dtype]).max / 4)
         return cls(
