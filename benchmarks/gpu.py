@@ -41,6 +41,7 @@ from tqdm import tqdm
 import rat_ext
 from rat_ext import RadiusEstimator, models, reference, robust_radius
 from rat_ext._core import core
+from rat_ext.search.place import launch_arguments
 
 RTOL = 1e-2
 COMPILED = ("resnet18",)  # compiling the others takes minutes
@@ -173,7 +174,7 @@ def perturb_bandwidth(device: torch.device, rows: int, shape: tuple[int, ...]) -
     index = torch.arange(rows, dtype=torch.int32, device=device)
     radii = torch.rand(rows, 1, device=device)
     out = torch.empty_like(x)
-    launch = rat_ext.radius.launch_arguments(x)
+    launch = launch_arguments(device)
     perturb = partial(core.perturb, x, direction, index, radii, 0.0, 1.0, out, **launch)
     perturb_ms = milliseconds(perturb, device, 0.5)["ms"]
     copy_ms = milliseconds(lambda: out.copy_(x), device, 0.5)["ms"]
