@@ -91,8 +91,8 @@ class DeviceGuard {
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     const std::string arch = std::to_string(major) + std::to_string(minor);
     return ". CUDA device " + std::to_string(device) + " is sm_" + arch +
-           ", and rat_ext was built for " RAT_EXT_BUILT_FOR ": rebuild it with RAT_EXT_CUDA_ARCHS=" +
-           arch;
+           ", and rat_ext was built for " + RAT_EXT_BUILT_FOR +
+           ": rebuild it with RAT_EXT_CUDA_ARCHS=" + arch;
   }
 
   int device_;
