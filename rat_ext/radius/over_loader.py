@@ -57,6 +57,8 @@ def robust_radii(
 ) -> LoaderRadii | RadiusShards:
     """Radii of every batch of a DataLoader, with a progress bar.
 
+    Takes the options of `robust_radius`, too (all but ``full``).
+
     With ``out`` the results go to files in that folder, one for every ``batches_per_shard`` batches
     (a shard), and memory does not grow with the data. A run that was killed goes on with
     ``resume=True``: finished shards are kept, the one in work is done again. So are those that are
@@ -78,7 +80,6 @@ def robust_radii(
         resume: go on with the run in ``out``, if there is one.
         batches_per_shard: how many batches a kill can cost at most, in each process.
         format: of the files: "npz", or "parquet" (needs pyarrow).
-        options: passed to `robust_radius` (all but ``full``).
 
     Returns:
         Radii, predictions and targets, (N,) tensors on the CPU; target is None if the loader has
