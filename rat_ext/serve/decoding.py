@@ -86,7 +86,9 @@ class Decoder:
 
     def _checked(self, array: NDArray[Any]) -> Tensor:
         self._check_array(array.shape, array.dtype)
-        x = torch.from_numpy(array.astype(np.float64, order="C")).to(self.dtype)
+        with np.errstate(invalid="ignore"):  # a signalling nan is refused below like any other
+            values = array.astype(np.float64, order="C")
+        x = torch.from_numpy(values).to(self.dtype)
         if not x.isfinite().all():
             name = str(self.dtype).removeprefix("torch.")
             raise InputError(f"the tensor has values that are not finite in {name}")
