@@ -21,16 +21,19 @@ def host_only(monkeypatch):
 
 
 def assert_same(a: RadiusResult, b: RadiusResult) -> None:
-    """Equal but for the last bits of the slope, whose sum torch rounds otherwise than the core."""
+    """Equal but for the last bits of the slope, whose sum torch rounds otherwise than the core.
+
+    These bits may decide which way a search takes: then it ends elsewhere in its tolerance.
+    """
     for name in ("found", "resolved", "prediction", "flipped_to"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
-    for name in ("forward_rows", "fallbacks"):  # which may need one probe more, or PGD another
-        assert (getattr(a, name) == getattr(b, name)).float().mean() > 0.7, name
+    same = (a.forward_rows == b.forward_rows) & (a.fallbacks == b.fallbacks)
+    assert same.float().mean() > 0.7
     tolerance = 1e-5 if a.radius.dtype == torch.float32 else 1e-12
     for name in ("radius", "lower", "upper"):
-        torch.testing.assert_close(
-            getattr(a, name), getattr(b, name), rtol=tolerance, atol=0, equal_nan=True
-        )
+        ours, theirs = getattr(a, name), getattr(b, name)
+        torch.testing.assert_close(ours[same], theirs[same], rtol=tolerance, atol=0, equal_nan=True)
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0, equal_nan=True)
 
 
 OPTIONS = [
