@@ -246,6 +246,19 @@ def test_a_constant_model_has_no_boundary():
         assert (result.forward_rows == 0).all()
 
 
+@pytest.mark.parametrize("attack", ["fgsm", "pgd", ["fgsm", "pgd"]])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_the_fields_have_the_dtypes_of_the_documentation(attack, rows):
+    result = robust_radius(mlp(), uniform(rows, 12), attack=attack, full=True)
+    kinds = {torch.float64: ["radius", "lower", "upper"], torch.bool: ["found", "resolved"]}
+    counts = ["forward_rows", "fallbacks", "backward_rows", "won"]
+    kinds[torch.int64] = ["prediction", "flipped_to", *counts]
+    for dtype, names in kinds.items():
+        for name in names:
+            assert getattr(result, name).dtype == dtype, name
+            assert getattr(result, name).shape == (rows,), name
+
+
 def test_search_report_counts_rows():
     result = robust_radius(RowExact(), uniform(50, 12), full=True)
     report = result.search_report
