@@ -47,8 +47,11 @@ def detector(served: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def server(served: Path) -> Iterator[Program]:
-    """A server with low limits, for the tests that it must survive."""
-    with program(served, "--body-timeout", "1", "--max-body", "100000") as it:
+    """A server with low limits, for the tests that it must survive.
+
+    Not so low that a client which a busy machine holds up for a while is cut off.
+    """
+    with program(served, "--body-timeout", "5", "--max-body", "100000") as it:
         yield it
         assert it.post(npy(np.zeros((1, 8, 8)))).status_code == 200
         it.process.send_signal(signal.SIGINT)
