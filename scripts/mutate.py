@@ -34,7 +34,12 @@ RADIUS = ["tests/radius", "--ignore=tests/radius/test_shards.py"]
 TARGETS: dict[str, tuple[list[str], list[str]]] = {
     "search": (
         ["rat_ext/search/bracket_search.py", "rat_ext/search/result.py"],
-        ["tests/search", "tests/radius/test_radius.py", "tests/attacks/test_several.py"],
+        [
+            "tests/search",
+            "tests/radius/test_radius.py",
+            "tests/attacks/test_several.py",
+            "tests/attacks/test_rays.py",
+        ],
     ),
     "options": (
         ["rat_ext/search/options.py", "rat_ext/search/attack.py"],

@@ -32,6 +32,7 @@ def test_the_smallest_radius_wins_and_says_so():
             assert torch.equal(getattr(best, name)[mine], getattr(one, name)[mine])
     assert torch.equal(best.forward_rows, sum(one.forward_rows for one in each) + 2)
     assert torch.equal(best.backward_rows, sum(one.backward_rows for one in each) + 2)
+    assert best.worst_case_rows == sum(one.worst_case_rows for one in each) + 2
     assert torch.equal(best[:3].won, best.won[:3])
 
 

@@ -181,6 +181,17 @@ def test_aim_takes_signs_and_the_slope_of_what_can_move(core, dtype):
     assert (brackets[:3, COLUMN["status"]] == core.ACTIVE).all()
 
 
+@pytest.mark.parametrize("probes", [1, 2, 5])
+def test_the_first_probes_are_around_the_linear_estimate_and_a_little_beyond(core, probes):
+    state, _, _, radii = new_state(core, 1, 3, probes=probes)
+    logits = torch.tensor([[1.0, 0.0, -50.0]], dtype=torch.float64)
+    core.start(logits, torch.empty_like(logits), state, 0)
+    gradient, x = torch.full((1, 4), 2.0).double(), torch.full((1, 4), 0.5).double()
+    core.aim(gradient, x, torch.empty(1, 4, dtype=torch.int8), 0.0, 1.0, state, 0)
+    power = torch.arange(probes, dtype=torch.float64) - (probes - 1) / 2
+    torch.testing.assert_close(radii[0], 1.15 * (1 / 8) * 1.25**power)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_least_step_is_that_of_the_row(core, dtype):
     """What moves no element, by the tensors' own arithmetic; bounds have no part in it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -214,6 +215,7 @@ def test_an_empty_batch_gives_an_empty_result(function, dtype):
     result = function(cnn(), x, full=True)
     assert len(result) == 0
     assert math.isnan(result.search_report.mean)
+    assert result.search_report.fallback_share == 0
 
 
 def test_bounds_and_eps_max_scale_the_search():
@@ -269,3 +271,7 @@ def test_search_report_counts_rows():
     assert report.p95 >= report.rows.median()
     assert report.rows.max() <= report.worst_case
     assert 0 <= report.fallback_share <= 1
+    half = replace(
+        result, fallbacks=result.forward_rows.clone(), forward_rows=2 * result.forward_rows
+    )
+    assert half.search_report.fallback_share == 0.5

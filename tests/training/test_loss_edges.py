@@ -37,3 +37,8 @@ def test_targets_next_to_the_classes(target: int) -> None:
     t = torch.tensor([0, target, 3])
     with pytest.raises(ValueError, match=r"t has classes from .* but the model has 4 classes"):
         RATLoss()(mlp(), uniform(3, 12), t)
+
+
+def test_the_default_step_reaches_the_edge_from_anywhere_in_the_ball() -> None:
+    sizes = [RATLoss(eps=0.1, steps=steps).step_size for steps in (1, 2, 5)]
+    assert sizes == pytest.approx([0.1, 0.125, 0.05])
