@@ -12,6 +12,7 @@ from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .body import LINGER
@@ -44,32 +45,61 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _protocol(seconds: float) -> type[H11Protocol]:
+# Sent before anything is parsed: refusals come when there is too much work already.
+_TOO_MANY = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: 45\r\n"
+    b"retry-after: 1\r\nconnection: close\r\n\r\n"
+    b'{"detail": "too many connections: try again"}'
+)
+
+
+def _protocol(seconds: float, connections: int) -> type[H11Protocol]:
     """uvicorn's protocol, but it closes the connections of clients that do not keep up.
 
     They are those who do not send the whole head of a request in time, or do not read an answer.
-    uvicorn itself waits for ever: a few hundred such clients would take all connections.
+    uvicorn itself waits for ever: a few hundred such clients would take all connections. And where
+    there are too many it refuses requests on all of them; here those that came first are served.
     """
+    served: set[H11Protocol] = set()
 
     class Protocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
         _unread: asyncio.TimerHandle | None = None
         _patience = seconds
+        _works = False
 
         # asyncio's stubs let any transport come; over TCP it is this one.
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             transport.set_write_buffer_limits(high=0)  # pause as soon as anything is left unread
+            if len(served) < connections:
+                served.add(self)
+                self.app = self._serve
             self._watch()
 
         def data_received(self, data: bytes) -> None:
+            if self not in served:
+                self.transport.write(_TOO_MANY)
+                self.transport.close()
+                return
             super().data_received(data)
             self._watch()
 
         def connection_lost(self, error: Exception | None) -> None:
             self._forget()
             self.resume_writing()
+            if not self._works:
+                served.discard(self)
             super().connection_lost(error)
+
+        async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+            self._works = True
+            try:
+                await cast(ASGIApp, self.config.loaded_app)(scope, receive, send)
+            finally:
+                self._works = False
+                if self not in self.connections:  # it was lost, but had work under way
+                    served.discard(self)
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -128,12 +158,11 @@ def serve(
     longest = settings.body_timeout + LINGER + settings.timeout
     config = uvicorn.Config(
         app,
-        http=_protocol(settings.body_timeout),
+        http=_protocol(settings.body_timeout, settings.connections),
         ws="none",
         lifespan="on",
         log_level="info" if access_log else "warning",
         access_log=access_log,
-        limit_concurrency=settings.connections + 1,  # it refuses at the limit, not above it
         timeout_graceful_shutdown=math.ceil(longest) + 1,
     )
     with listener:

@@ -60,9 +60,28 @@ def test_as_many_connections_as_allowed(served: Path) -> None:
     with program(served, "--connections", "2") as it, it.connect():
         assert status(it) == 200
         with it.connect() as other:
-            other.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert other.recv(100).startswith(b"HTTP/1.1 200 ")
+            for _ in range(2):  # those that came first are served on
+                other.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                answer = b""
+                while not answer.endswith(b"ok\n"):
+                    answer += other.recv(1000)
+                assert answer.startswith(b"HTTP/1.1 200 ")
+                refused = it.get("/healthz")
+                assert refused.status_code == 503
+                assert refused.json() == {"detail": "too many connections: try again"}
+                assert refused.headers["retry-after"] == "1"
+
+
+def test_work_of_clients_that_went_away_counts_as_a_connection(served: Path) -> None:
+    with program(served, "--connections", "1") as it, it.holding() as listener:
+        with it.connect() as gone:
+            body = npy(np.zeros((1, 8, 8)))
+            head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            gone.sendall(head.encode() + body)
+            batch, _ = listener.accept()
+        with batch:
             assert status(it) == 503
+        until(lambda: status(it) == 200)
 
 
 def peak(it: Program) -> int:
