@@ -58,8 +58,8 @@ def png(x: Tensor) -> bytes:
 
 
 @contextlib.contextmanager
-def server(checkpoint: Path, options: Sequence[str]) -> Iterator[int]:
-    """The port of a server that takes requests."""
+def server(checkpoint: Path, options: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """The port and the process id of a server that takes requests."""
     command = [sys.executable, "-m", "rat_ext", "serve", "--checkpoint", str(checkpoint)]
     command += ["--port", "0", "--device", "cpu", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -68,7 +68,7 @@ def server(checkpoint: Path, options: Sequence[str]) -> Iterator[int]:
             address = re.search(r":(\d+) ", line)
             if address is None:
                 raise RuntimeError(f"the server did not start: {line!r}")
-            yield int(address[1])
+            yield int(address[1]), process.pid
         finally:
             process.terminate()
             process.wait()
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pixels, _ = datasets.load("digits", "test")[:]
         files = list(map(png, pixels))
         x = (pixels * 255).round() / 255
-        with server(Path(folder, "model.pt"), [*limits, "--threads", "1"]) as port:
+        with server(Path(folder, "model.pt"), [*limits, "--threads", "1"]) as (port, _):
             asyncio.run(load(port, files, 8, 0.5))  # warm
             for _ in range(options.rounds):
                 for clients in options.clients:
