@@ -16,6 +16,14 @@ from rat_ext import RadiusResult, reference, robust_radius
 from rat_ext.search.options import Options
 
 METHODS = ["bs", "fast"]
+SEARCHES = {
+    "n": st.integers(1, 20),
+    "classes": st.integers(2, 9),
+    "smooth": st.booleans(),
+    "rtol": st.sampled_from([0.1, 1e-2, 2.0**-12, 1e-6]),
+    "temperature": st.sampled_from([0.2, 1.0, 3.0]),
+    "seed": st.integers(0, 1000),
+}
 
 
 def assert_brackets_hold(
@@ -43,14 +51,7 @@ def assert_brackets_hold(
 
 
 @settings(deadline=None, max_examples=25)
-@given(
-    n=st.integers(1, 20),
-    classes=st.integers(2, 9),
-    smooth=st.booleans(),
-    rtol=st.sampled_from([0.1, 1e-2, 2.0**-12, 1e-6]),
-    temperature=st.sampled_from([0.2, 1.0, 3.0]),
-    seed=st.integers(0, 1000),
-)
+@given(**SEARCHES)
 def test_plain_bisection_is_the_reference(n, classes, smooth, rtol, temperature, seed):
     """In float64 the same probes are made, so even the number of rows agrees."""
     model = RowExact(classes=classes, seed=seed) if smooth else mlp(classes=classes, seed=seed)
@@ -67,15 +68,7 @@ def test_plain_bisection_is_the_reference(n, classes, smooth, rtol, temperature,
 
 
 @settings(deadline=None, max_examples=25)
-@given(
-    n=st.integers(1, 20),
-    classes=st.integers(2, 9),
-    smooth=st.booleans(),
-    rtol=st.sampled_from([0.1, 1e-2, 2.0**-12, 1e-6]),
-    temperature=st.sampled_from([0.2, 1.0, 3.0]),
-    probes=st.integers(1, 4),
-    seed=st.integers(0, 1000),
-)
+@given(probes=st.integers(1, 4), **SEARCHES)
 def test_brackets_hold_the_flip(n, classes, smooth, rtol, temperature, probes, seed):
     model = RowExact(classes=classes, seed=seed) if smooth else mlp(classes=classes, seed=seed)
     x = uniform(n, 12, seed=seed)
