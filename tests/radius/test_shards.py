@@ -210,18 +210,23 @@ def test_goes_on_after_a_kill(whole: RadiusShards, tmp_path: Path) -> None:
 
 
 TWO = """
-import os, sys
+import os, sys, traceback
 sys.path[:0] = sys.argv[1].split(os.pathsep)
 import torch.distributed as dist
 from test_shards import Indexed, run
 out, rank, store = sys.argv[2], int(sys.argv[3]), sys.argv[4]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-data = Indexed()
-shards = run(out, data, resume=True)
-assert shards.complete and len(shards) == 11
-print(*data.loaded, flush=True)
-dist.barrier()
-os._exit(0)  # gloo's threads may meet the end of the interpreter, and hang or abort
+data, status = Indexed(), 0
+try:
+    shards = run(out, data, resume=True)
+    assert shards.complete and len(shards) == 11
+    print(*data.loaded, flush=True)
+    dist.barrier()
+except BaseException:
+    status = 1
+    traceback.print_exc()
+    sys.stderr.flush()
+os._exit(status)  # gloo's threads may meet the end of the interpreter, and hang or abort
 """
 
 
