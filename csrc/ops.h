@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <variant>
 
+#include "rule/element_ops.h"
 #include "rule/search.h"
 #include "scalars.h"
 #include "views.h"
@@ -42,15 +43,24 @@ struct State {
 
 // ---- Operations on elements: cpu/ops.cpp and cuda/elements.h ------------------------------------
 
-enum InputFlag : uint8_t { kInputNotFinite = 1, kInputOutside = 2 };
+// The worse has the larger number.
+enum InputFlag : uint8_t { kInputOutside = 1, kInputNotFinite = 2 };
 
-// What is wrong with each row of x.
+// What is summed up over a row is summed up over tiles of this many elements first, so that a GPU
+// works on few but long rows with many blocks.
+constexpr int64_t kTileElements = 8192;
+
+constexpr int64_t tiles_of(int64_t elements) {
+  return elements <= kTileElements ? 1 : (elements - 1) / kTileElements + 1;
+}
+
+// The worst that is wrong with each tile of each row of x.
 template <typename S>
 struct Inspect {
   static constexpr const char* kName = "inspect";
   Rows<const S> x;
   Bounds<wide_t<S>> bounds;
-  Matrix<uint8_t> flags;  // (rows, 1) of InputFlag bits
+  Matrix<uint8_t> flags;  // (rows, tiles) of InputFlag, or 0
 };
 
 // The rays and their first probes, from the gradient of the seeded logits in x.
@@ -61,6 +71,11 @@ struct Aim {
   Rows<int8_t> direction;  // is written
   Bounds<wide_t<S>> bounds;
   State<wide_t<S>> state;
+  Matrix<Ray<wide_t<S>>> tiles;  // (rows, tiles): room
+
+  RAT_HD void plan(int64_t i, const Ray<wide_t<S>>& ray) const {
+    state.search(i).aim(static_cast<wide_t<S>>(ray.slope), least_step<S>(ray));
+  }
 };
 
 // The rows in `index`, each at every one of its probes.

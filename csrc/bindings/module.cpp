@@ -127,6 +127,19 @@ Bounds<T> bounds(double low, double high) {
   return {static_cast<T>(low), static_cast<T>(high)};
 }
 
+// Room for the rays of the tiles of the rows of x.
+template <typename T, typename S>
+Matrix<Ray<T>> ray_room(const Tensor& t, const Rows<S>& x) {
+  constexpr int64_t kDoubles = 3;
+  static_assert(sizeof(Ray<T>) <= kDoubles * sizeof(double));
+  const int64_t tiles = tiles_of(x.elements);
+  require(t.dtype == DType::kFloat64 && t.sizes == std::vector<int64_t>{x.rows, tiles, kDoubles}, t,
+          "must be float64, (rows, tiles, 3)");
+  require(t.strides == std::vector<int64_t>{tiles * kDoubles, kDoubles, 1}, t,
+          "must be contiguous");
+  return {static_cast<Ray<T>*>(t.data), x.rows, tiles, tiles, 1};
+}
+
 void require_logits(const Tensor& logits, const PyState& state, int64_t rows) {
   require(logits.sizes.size() == 2 && logits.sizes[1] == state.classes(), logits,
           "must be (rows, classes)");
@@ -136,14 +149,14 @@ void require_logits(const Tensor& logits, const PyState& state, int64_t rows) {
 void inspect(py::object x_, double low, double high, py::object flags_, int threads,
              Stream stream) {
   const Tensor x = read(x_, "x"), flags = read(flags_, "flags");
-  require(flags.dtype == DType::kUInt8 && flags.rows() == x.rows(), flags,
-          "must be uint8, one per row");
+  require(flags.dtype == DType::kUInt8, flags, "must be uint8");
   const Place place(threads, stream, {&x, &flags});
   with_type(x.dtype, wide(x.dtype), [&](auto s) {
     using S = decltype(s);
-    const Matrix<uint8_t> out{static_cast<uint8_t*>(flags.data), flags.rows(), 1, flags.strides[0],
-                              1};
-    place.run(Inspect<S>{rows_view<const S>(x), bounds<wide_t<S>>(low, high), out});
+    const Rows<const S> rows = rows_view<const S>(x);
+    require(flags.sizes == std::vector<int64_t>{rows.rows, tiles_of(rows.elements)}, flags,
+            "must be (rows, tiles)");
+    place.run(Inspect<S>{rows, bounds<wide_t<S>>(low, high), matrix_view<uint8_t>(flags)});
   });
 }
 
@@ -162,9 +175,9 @@ void start(py::object logits_, py::object seed_, const PyState& state, int64_t b
 }
 
 void aim(py::object gradient_, py::object x_, py::object direction_, double low, double high,
-         const PyState& state, int64_t begin, int threads, Stream stream) {
+         const PyState& state, int64_t begin, py::object tiles_, int threads, Stream stream) {
   const Tensor gradient = read(gradient_, "gradient"), x = read(x_, "x"),
-               direction = read(direction_, "direction");
+               direction = read(direction_, "direction"), tiles = read(tiles_, "tiles");
   require(gradient.dtype == x.dtype, gradient, "must have the dtype of x");
   require(direction.dtype == DType::kInt8, direction, "must be int8");
   for (const Tensor* t : {&gradient, &direction}) {
@@ -172,12 +185,14 @@ void aim(py::object gradient_, py::object x_, py::object direction_, double low,
     require_same_layout(*t, x);
   }
   state.require_rows(begin, x.rows());
-  const Place place(threads, stream, {&x, &gradient, &direction, &state.brackets()});
+  const Place place(threads, stream, {&x, &gradient, &direction, &tiles, &state.brackets()});
   with_type(x.dtype, state.dtype(), [&](auto s) {
     using S = decltype(s);
-    place.run(Aim<S>{rows_view<const S>(gradient), rows_view<const S>(x),
-                     rows_view<int8_t>(direction), bounds<wide_t<S>>(low, high),
-                     state.slice<wide_t<S>>(begin, x.rows())});
+    using T = wide_t<S>;
+    const Rows<const S> rows = rows_view<const S>(x);
+    place.run(Aim<S>{rows_view<const S>(gradient), rows, rows_view<int8_t>(direction),
+                     bounds<T>(low, high), state.slice<T>(begin, x.rows()),
+                     ray_room<T>(tiles, rows)});
   });
 }
 
@@ -268,6 +283,7 @@ PYBIND11_MODULE(RAT_EXT_MODULE, m) {
   m.attr("FOUND") = static_cast<int>(rat::kFound);
   m.attr("NOT_FOUND") = static_cast<int>(rat::kNotFound);
   m.attr("NOT_FINITE") = static_cast<int>(rat::kNotFinite);
+  m.attr("TILE_ELEMENTS") = rat::kTileElements;
   m.attr("INPUT_NOT_FINITE") = static_cast<int>(rat::kInputNotFinite);
   m.attr("INPUT_OUTSIDE") = static_cast<int>(rat::kInputOutside);
 
@@ -290,7 +306,7 @@ PYBIND11_MODULE(RAT_EXT_MODULE, m) {
   m.def("inspect", &rat::inspect, "x"_a, "low"_a, "high"_a, "flags"_a, threads, stream);
   m.def("start", &rat::start, "logits"_a, "seed"_a, "state"_a, "begin"_a, threads, stream);
   m.def("aim", &rat::aim, "gradient"_a, "x"_a, "direction"_a, "low"_a, "high"_a, "state"_a,
-        "begin"_a, threads, stream);
+        "begin"_a, "tiles"_a, threads, stream);
   m.def("perturb", &rat::perturb, "x"_a, "direction"_a, "index"_a, "probes"_a, "low"_a, "high"_a,
         "out"_a, active, threads, stream);
   m.def("advance", &rat::advance, "logits"_a, "index"_a, "state"_a, active, threads, stream);

@@ -1,12 +1,12 @@
 // The operations (ops.h) on the CPU: loops over rows.
 #include "ops.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
 
 #include "cpu/parallel.h"
-#include "rule/element_ops.h"
 
 namespace rat::cpu {
 namespace {
@@ -15,21 +15,24 @@ template <typename S>
 void work(Threads threads, const Inspect<S>& op) {
   using T = wide_t<S>;
   const T low = op.bounds.low, high = op.bounds.high;
-  for_rows(threads, op.x.rows, op.x.elements, [&](int64_t i) {
-    const S* values = op.x.row(i);
+  const int64_t tiles = op.flags.columns;
+  for_rows(threads, op.x.rows * tiles, op.x.elements / tiles, [&](int64_t i) {
+    const int64_t tile = i % tiles, begin = tile * kTileElements;
+    const int64_t end = std::min(begin + kTileElements, op.x.elements);
+    const S* values = op.x.row(i / tiles);
     // Counts rather than branches, so that the loop vectorises.
     int64_t not_finite = 0, outside = 0;
-    for (int64_t k = 0; k < op.x.elements; ++k) {
+    for (int64_t k = begin; k < end; ++k) {
       const T value = widen(values[k]);
       not_finite += !(std::fabs(value) <= std::numeric_limits<T>::max());
       outside += (value < low) | (value > high);
     }
-    uint8_t& flags = *op.flags.row(i);
-    flags = 0;
+    uint8_t& flag = op.flags.row(i / tiles)[tile * op.flags.column_stride];
+    flag = 0;
     if (not_finite > 0) {
-      flags = kInputNotFinite;
+      flag = kInputNotFinite;
     } else if (outside > 0) {
-      flags = kInputOutside;
+      flag = kInputOutside;
     }
   });
 }
@@ -64,7 +67,7 @@ void work(Threads threads, const Aim<S>& op) {
     for (int lane = 1; lane < kLanes; ++lane) {
       ray = MergeRays{}(ray, Ray<T>{slope[lane], nearest[lane], largest[lane]});
     }
-    op.state.search(i).aim(static_cast<T>(ray.slope), least_step<S>(ray));
+    op.plan(i, ray);
   });
 }
 

@@ -1,13 +1,13 @@
 // The operations on elements (ops.h) on a GPU: one pack of kWidth neighbours a thread.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
 
 #include "cuda/block_team.h"
 #include "ops.h"
-#include "rule/element_ops.h"
 
 namespace rat::cuda {
 
@@ -52,10 +52,29 @@ void with_width(bool wide, Body&& body) {
   body(std::integral_constant<int, 1>{});
 }
 
+// One of the tiles (ops.h) that rows are cut into.
+struct Tile {
+  int64_t row, number;
+  int64_t begin, end;  // its packs
+};
+
+template <int kWidth>
+RAT_HD Tile tile_at(int64_t i, int64_t tiles, int64_t elements) {
+  constexpr int64_t kPacks = kTileElements / kWidth;
+  const int64_t row = i / tiles, number = i - row * tiles, begin = number * kPacks;
+  const int64_t end = begin + kPacks, packs = elements / kWidth;
+  return {row, number, begin, end < packs ? end : packs};
+}
+
+template <int kWidth>
+int threads_for_tile(int64_t elements) {
+  return threads_for(std::min(elements, kTileElements) / kWidth, kMaxThreads);
+}
+
 // ---- Inspect ------------------------------------------------------------------------------------
 
-struct BitOr {
-  RAT_HD int operator()(int a, int b) const { return a | b; }
+struct Max {
+  RAT_HD int operator()(int a, int b) const { return a > b ? a : b; }
 };
 
 template <typename S, int kWidth>
@@ -65,31 +84,32 @@ struct InspectKernel {
 
   template <typename Thread>
   RAT_HD void operator()(const Thread& thread) const {
-    for (int64_t i = thread.block(); i < op.x.rows; i += thread.blocks()) {
-      int seen = 0;
-      for (int64_t k = thread.rank(); k < op.x.elements / kWidth; k += thread.size()) {
-        const Pack<S, kWidth> pack = pack_at<kWidth>(op.x.row(i), k);
-        for (int j = 0; j < kWidth; ++j) {
-          const wide_t<S> value = widen(pack.values[j]);
-          if (!std::isfinite(value)) {
-            seen |= kInputNotFinite;
-          } else if (value < op.bounds.low || value > op.bounds.high) {
-            seen |= kInputOutside;
-          }
-        }
+    const int64_t tiles = op.flags.columns;
+    for (int64_t i = thread.block(); i < op.x.rows * tiles; i += thread.blocks()) {
+      const Tile tile = tile_at<kWidth>(i, tiles, op.x.elements);
+      int worst = 0;
+      for (int64_t k = tile.begin + thread.rank(); k < tile.end; k += thread.size()) {
+        const Pack<S, kWidth> pack = pack_at<kWidth>(op.x.row(tile.row), k);
+        for (int j = 0; j < kWidth; ++j) worst = Max{}(worst, flag_of(widen(pack.values[j])));
       }
-      seen = BlockTeam<Thread>{thread}.reduce(seen, BitOr{});
-      if (seen & kInputNotFinite) seen = kInputNotFinite;
-      if (thread.rank() == 0) *op.flags.row(i) = static_cast<uint8_t>(seen);
+      worst = BlockTeam<Thread>{thread}.reduce(worst, Max{});
+      if (thread.rank() == 0) {
+        op.flags.row(tile.row)[tile.number * op.flags.column_stride] = static_cast<uint8_t>(worst);
+      }
     }
+  }
+
+  RAT_HD int flag_of(wide_t<S> value) const {
+    if (!std::isfinite(value)) return kInputNotFinite;
+    return value < op.bounds.low || value > op.bounds.high ? kInputOutside : 0;
   }
 };
 
 template <typename Launch, typename S>
 void launch_on(const Launch& launch, const Inspect<S>& op) {
   with_width<S>(packable(kWide<S>, op.x), [&](auto width) {
-    const InspectKernel<S, width> kernel{op};
-    launch(kernel, op.x.rows, threads_for(op.x.elements / width, kernel.kMaxBlock));
+    launch(InspectKernel<S, width>{op}, op.x.rows * op.flags.columns,
+           threads_for_tile<width>(op.x.elements));
   });
 }
 
@@ -103,11 +123,13 @@ struct AimKernel {
   template <typename Thread>
   RAT_HD void operator()(const Thread& thread) const {
     using T = wide_t<S>;
-    for (int64_t i = thread.block(); i < op.x.rows; i += thread.blocks()) {
+    const int64_t tiles = op.tiles.columns;
+    for (int64_t i = thread.block(); i < op.x.rows * tiles; i += thread.blocks()) {
+      const Tile tile = tile_at<kWidth>(i, tiles, op.x.elements);
       Ray<T> ray{0, static_cast<T>(INFINITY), 0};
-      for (int64_t k = thread.rank(); k < op.x.elements / kWidth; k += thread.size()) {
-        const Pack<S, kWidth> gradient = pack_at<kWidth>(op.gradient.row(i), k);
-        const Pack<S, kWidth> x = pack_at<kWidth>(op.x.row(i), k);
+      for (int64_t k = tile.begin + thread.rank(); k < tile.end; k += thread.size()) {
+        const Pack<S, kWidth> gradient = pack_at<kWidth>(op.gradient.row(tile.row), k);
+        const Pack<S, kWidth> x = pack_at<kWidth>(op.x.row(tile.row), k);
         Pack<int8_t, kWidth> d;
         for (int j = 0; j < kWidth; ++j) {
           const T value = widen(gradient.values[j]), from = widen(x.values[j]);
@@ -116,22 +138,42 @@ struct AimKernel {
           const T size = std::fabs(from), nearest = along > T(0) ? size : ray.nearest;
           ray = MergeRays{}(ray, Ray<T>{along, nearest, size});
         }
-        pack_at<kWidth>(op.direction.row(i), k) = d;
+        pack_at<kWidth>(op.direction.row(tile.row), k) = d;
       }
       ray = BlockTeam<Thread>{thread}.reduce(ray, MergeRays{});
-      if (thread.rank() == 0) {
-        op.state.search(i).aim(static_cast<T>(ray.slope), least_step<S>(ray));
-      }
+      if (thread.rank() != 0) continue;
+      op.tiles.row(tile.row)[tile.number] = ray;
+      if (tiles == 1) op.plan(tile.row, ray);
+    }
+  }
+};
+
+// Merges the tiles of each row, in their order. One thread a row.
+template <typename S>
+struct PlanKernel {
+  static constexpr int kMaxBlock = 256;
+  Aim<S> op;
+
+  template <typename Thread>
+  RAT_HD void operator()(const Thread& thread) const {
+    const int64_t all = thread.blocks() * thread.size();
+    for (int64_t i = thread.block() * thread.size() + thread.rank(); i < op.x.rows; i += all) {
+      Ray<wide_t<S>> ray = op.tiles.row(i)[0];
+      for (int64_t t = 1; t < op.tiles.columns; ++t) ray = MergeRays{}(ray, op.tiles.row(i)[t]);
+      op.plan(i, ray);
     }
   }
 };
 
 template <typename Launch, typename S>
 void launch_on(const Launch& launch, const Aim<S>& op) {
+  const int64_t tiles = op.tiles.columns;
   with_width<S>(packable(kWide<S>, op.gradient, op.x, op.direction), [&](auto width) {
-    const AimKernel<S, width> kernel{op};
-    launch(kernel, op.x.rows, threads_for(op.x.elements / width, kernel.kMaxBlock));
+    launch(AimKernel<S, width>{op}, op.x.rows * tiles, threads_for_tile<width>(op.x.elements));
   });
+  if (tiles == 1) return;  // then it has planned as well
+  const int threads = threads_for(op.x.rows, PlanKernel<S>::kMaxBlock);
+  launch(PlanKernel<S>{op}, divide_up(op.x.rows, threads), threads);
 }
 
 // ---- Perturb ------------------------------------------------------------------------------------

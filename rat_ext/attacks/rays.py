@@ -14,7 +14,7 @@ from ..search.attack import register
 from ..search.bracket_search import BracketSearch
 from ..search.options import WIDE, Options
 from ..search.place import runs_core
-from ..search.tensors import empty_rows_like, for_core
+from ..search.tensors import empty_rows_like, for_core, ray_room
 
 
 def length(vectors: Tensor, norm: str) -> Tensor:
@@ -87,7 +87,8 @@ class VectorRay(BracketSearch):
         x = (least * (4 / torch.finfo(one.dtype).eps))[:, None]
         one, x = one.to(self.home), x.to(self.home)
         direction = torch.empty_like(one, dtype=torch.int8)
-        core.aim(one, x, direction, -math.inf, math.inf, self.state, begin, **self.launch)
+        ends, room = (-math.inf, math.inf), ray_room(x)
+        core.aim(one, x, direction, *ends, self.state, begin, room, **self.launch)
 
     def logits_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> Tensor:
         rows = index.long()

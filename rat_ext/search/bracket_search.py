@@ -14,7 +14,7 @@ from .._core import core
 from .options import WIDE, Options
 from .place import launch_arguments, state_device
 from .result import RadiusResult
-from .tensors import empty_rows_like, for_core, plain
+from .tensors import empty_rows_like, for_core, plain, ray_room
 
 _COLUMN = {name: i for i, name in enumerate(core.BRACKET_FIELDS)}
 
@@ -102,7 +102,8 @@ class BracketSearch:
         gradient = plain(gradient)
         if gradient.stride() != x.stride():
             gradient = empty_rows_like(x, len(x), x.dtype).copy_(gradient)
-        core.aim(gradient, x, direction, low, high, self.state, begin, **self.launch)
+        room = ray_room(x)
+        core.aim(gradient, x, direction, low, high, self.state, begin, room, **self.launch)
 
     def exclude(self, rows: Tensor) -> None:
         """Give up the first len(rows) rows where the (...,) bool `rows` is True."""

@@ -46,10 +46,21 @@ def input_flags(x: Tensor, options: Options) -> Tensor:
     if not bounds.uniform or not runs_core(x.device):
         flags = bounds.outside(x).to(torch.uint8).mul_(core.INPUT_OUTSIDE)
         return flags.masked_fill_(~x.flatten(1).isfinite().all(1), core.INPUT_NOT_FINITE)
-    flags = torch.empty(len(x), dtype=torch.uint8, device=x.device)
+    flags = torch.empty(len(x), tiles_of(x), dtype=torch.uint8, device=x.device)
     slack = bounds.slack(x.dtype)
     core.inspect(x, bounds.low - slack, bounds.high + slack, flags, **launch_arguments(x.device))
-    return flags
+    return flags.amax(1)
+
+
+def ray_room(x: Tensor) -> Tensor:
+    """What `core.aim` needs to sum up the rays of x's rows."""
+    return torch.empty(len(x), tiles_of(x), 3, dtype=torch.float64, device=x.device)
+
+
+def tiles_of(x: Tensor) -> int:
+    """Into how many tiles (csrc/ops.h) the core cuts a row of x."""
+    size: int = core.TILE_ELEMENTS
+    return max(1, math.ceil(math.prod(x.shape[1:]) / size))
 
 
 def for_core(logits: Tensor, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from rat_ext import _core
 from rat_ext.reference import log_odds
 from rat_ext.search.options import MAX_PROBES, WIDE
+from rat_ext.search.tensors import ray_room
 
 pytestmark = pytest.mark.core
 
@@ -169,7 +170,7 @@ def test_aim_takes_signs_and_the_slope_of_what_can_move(core, dtype):
     state, brackets, *_ = new_state(core, 4, 3, dtype=WIDE[dtype])
     logits = torch.tensor([[1.0, 0.0, 0.5]] * 4, dtype=WIDE[dtype])
     core.start(logits, torch.empty_like(logits), state, 0)
-    core.aim(gradient, x, direction, 0.0, 1.0, state, 0)
+    core.aim(gradient, x, direction, 0.0, 1.0, state, 0, ray_room(x))
     assert torch.equal(direction, gradient.sign().to(torch.int8))
     stuck = ((x == 0) & (gradient < 0)) | ((x == 1) & (gradient > 0))
     slope = gradient.double().abs().masked_fill(stuck, 0).flatten(1).sum(1)
@@ -187,7 +188,7 @@ def test_the_first_probes_are_around_the_linear_estimate_and_a_little_beyond(cor
     logits = torch.tensor([[1.0, 0.0, -50.0]], dtype=torch.float64)
     core.start(logits, torch.empty_like(logits), state, 0)
     gradient, x = torch.full((1, 4), 2.0).double(), torch.full((1, 4), 0.5).double()
-    core.aim(gradient, x, torch.empty(1, 4, dtype=torch.int8), 0.0, 1.0, state, 0)
+    core.aim(gradient, x, torch.empty(1, 4, dtype=torch.int8), 0.0, 1.0, state, 0, ray_room(x))
     power = torch.arange(probes, dtype=torch.float64) - (probes - 1) / 2
     torch.testing.assert_close(radii[0], 1.15 * (1 / 8) * 1.25**power)
 
@@ -200,7 +201,8 @@ def test_the_least_step_is_that_of_the_row(core, dtype):
     state, brackets, *_ = new_state(core, 3, 3, dtype=WIDE[dtype], eps_max=1e4)
     logits = torch.tensor([[1.0, 0.0, 0.5]] * 3, dtype=WIDE[dtype])
     core.start(logits, torch.empty_like(logits), state, 0)
-    core.aim(gradient, x, torch.empty(3, 3, dtype=torch.int8), 2.0, math.inf, state, 0)
+    direction = torch.empty(3, 3, dtype=torch.int8)
+    core.aim(gradient, x, direction, 2.0, math.inf, state, 0, ray_room(x))
     least = brackets[:, COLUMN["least_step"]]
     share = torch.finfo(dtype).eps / 4
     # In the last row the element at the bound of 2 cannot move down, and the next one is nearest.
@@ -218,10 +220,40 @@ def test_inspect_flags_each_row(core, dtype):
     x[3, 64] = 1.5
     x[4, 3] = -0.5
     x[5, 3], x[5, 4] = -0.5, math.nan  # not finite counts more
-    flags = torch.zeros(6, dtype=torch.uint8)
+    flags = torch.full((6, 1), 7, dtype=torch.uint8)
     core.inspect(x, 0.0, 1.0, flags)
     infinite, outside = core.INPUT_NOT_FINITE, core.INPUT_OUTSIDE
-    assert flags.tolist() == [0, infinite, infinite, outside, outside, infinite]
+    assert flags.flatten().tolist() == [0, infinite, infinite, outside, outside, infinite]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inspect_flags_each_tile_of_a_long_row(core, dtype):
+    tile = core.TILE_ELEMENTS
+    x = uniform(3, 2 * tile + 5, dtype=dtype)
+    x[0, tile - 1], x[0, 2 * tile] = math.nan, 2
+    x[1, tile], x[1, tile + 1], x[1, -1] = 2, math.inf, -1
+    flags = torch.full((3, 3), 7, dtype=torch.uint8)
+    core.inspect(x, 0.0, 1.0, flags)
+    infinite, outside = core.INPUT_NOT_FINITE, core.INPUT_OUTSIDE
+    assert flags.tolist() == [[infinite, 0, outside], [0, infinite, outside], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("elements", [8191, 8192, 8193, 3 * 8192 + 40])
+def test_aim_sums_up_the_tiles_of_long_rows(core, dtype, elements):
+    x, gradient = uniform(2, elements, dtype=dtype), torch.randn(2, elements).to(dtype)
+    x[0, -1], x[1, 0] = 5, 3  # the largest of a row, in its last or first tile
+    direction = torch.zeros(x.shape, dtype=torch.int8)
+    state, brackets, *_ = new_state(core, 2, 3, dtype=WIDE[dtype])
+    logits = torch.tensor([[1.0, 0.0, 0.5]] * 2, dtype=WIDE[dtype])
+    core.start(logits, torch.empty_like(logits), state, 0)
+    core.aim(gradient, x, direction, -9.0, 9.0, state, 0, ray_room(x))
+    assert torch.equal(direction, gradient.sign().to(torch.int8))
+    slope = gradient.double().abs().sum(1)
+    torch.testing.assert_close(brackets[:, COLUMN["slope"]].double(), slope, rtol=1e-5, atol=0)
+    share = torch.finfo(dtype).eps / 4
+    least = x.double().abs().amin(1).maximum(x.double().amax(1) * share) * share
+    torch.testing.assert_close(brackets[:, COLUMN["least_step"]].double(), least, rtol=1e-5, atol=0)
 
 
 def test_compact_keeps_active_rows_in_order(core):

@@ -22,6 +22,7 @@ import rat_ext
 from rat_ext import _build_info, _core
 from rat_ext._core import core
 from rat_ext.search import bracket_search, tensors
+from rat_ext.search.tensors import ray_room
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = test_core.DTYPES
@@ -94,8 +95,8 @@ def test_start_and_advance_agree_with_the_core(dtype, classes, probes, on_host):
     torch.testing.assert_close(sides[0][4], sides[1][4])
     for module, state, *_ in sides:
         x = uniform(n, 37, dtype=dtype)
-        gradient = torch.linspace(-1, 1, n * 37).view(n, 37).to(dtype)
-        module.aim(gradient, x, torch.empty(n, 37, dtype=torch.int8), 0.0, 1.0, state, 0)
+        gradient, room = torch.linspace(-1, 1, n * 37).view(n, 37).to(dtype), ray_room(x)
+        module.aim(gradient, x, torch.empty(n, 37, dtype=torch.int8), 0.0, 1.0, state, 0, room)
     for turn in range(rounds):
         torch.testing.assert_close(sides[0][2], sides[1][2], equal_nan=True, **tolerance)
         torch.testing.assert_close(sides[0][3], sides[1][3], **tolerance)
@@ -118,10 +119,10 @@ def test_the_order_of_threads_changes_no_bit(classes, on_host):
         logits = torch.randn(4, classes, generator=generator)
         seed = torch.empty_like(logits)
         on_host.start(logits, seed, state, 0, threads=order)
-        x = uniform(4, 5000, dtype=torch.float32)
+        x = uniform(4, 20_000, dtype=torch.float32)
         gradient = torch.randn(x.shape, generator=generator)
         direction = torch.empty(x.shape, dtype=torch.int8)
-        on_host.aim(gradient, x, direction, 0.0, 1.0, state, 0, threads=order)
+        on_host.aim(gradient, x, direction, 0.0, 1.0, state, 0, ray_room(x), threads=order)
         index = torch.arange(4, dtype=torch.int32)
         for _ in range(4):
             moved = torch.randn(4, classes, generator=generator)
@@ -159,7 +160,7 @@ def test_rows_beyond_the_active_count_are_left_alone(kernels, active, request):
     for rows, options in [(index, {"active_count": count}), (index[:used], {})]:
         state, brackets, gaps, radii = new_state(module, n, classes, torch.float32, probes)
         module.start(logits[:n], torch.empty(n, classes), state, 0)
-        module.aim(x - 0.5, x, direction, 0.0, 1.0, state, 0)
+        module.aim(x - 0.5, x, direction, 0.0, 1.0, state, 0, ray_room(x))
         out = torch.full((len(rows) * probes, 40), -7.0)
         module.perturb(x, direction, rows, radii, 0.0, 1.0, out, **options)
         module.advance(logits[: len(rows) * probes], rows, state, **options)
@@ -182,7 +183,7 @@ def test_rows_beyond_the_active_count_are_left_alone(kernels, active, request):
 
 # --- What the library holds -----------------------------------------------------------------------
 
-_ON_ELEMENTS = ("InspectKernel", "AimKernel", "PerturbKernel")
+_ON_ELEMENTS = ("InspectKernel", "AimKernel", "PlanKernel", "PerturbKernel")
 _ON_LOGITS = ("Start", "Advance", "Extrapolate")  # as LogitKernel<Start<...>>
 _ELEMENTS = ("d", "f", "NS_4HalfE", "NS_8BFloat16E")
 KERNELS = {**dict.fromkeys(_ON_ELEMENTS + _ON_LOGITS, _ELEMENTS), "CompactKernel": ("d", "f")}
