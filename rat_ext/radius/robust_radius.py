@@ -102,7 +102,8 @@ def temperature_sweep(
             _swept(model, x, [run.only(each) for run in runs], finite) for each in runs[0].attacks
         ]
     results = [best(results) for results in zip(*by_attack, strict=True)]
-    warn_about(problems(results[0]).tolist(), len(x), stacklevel=2)
+    most = torch.stack([problems(result) for result in results]).amax(0)
+    warn_about(most.tolist(), len(x), stacklevel=2)
     return results
 
 

@@ -27,6 +27,19 @@ def test_temperature_sweep_equals_single_calls():
         temperature_sweep(model, x, [])
 
 
+def test_temperature_sweep_warns_of_every_temperature():
+    """Only on the ray of the second one a change is found, in a bracket as wide as bfloat16's."""
+
+    def model(x):
+        first = x[:, :1].float()
+        return torch.cat([0 * first, first - 1, -5 * first - 1000], 1)
+
+    x = torch.zeros(1, 2, dtype=torch.bfloat16)
+    with pytest.warns(RuntimeWarning, match="1 of 1 rows have a bracket that is wider"):
+        coarse = temperature_sweep(model, x, [1e4, 1.0], bounds=None, eps_max=10.0)
+    assert [bool(result.resolved) for result in coarse] == [True, False]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("probes", [1, 3])
 def test_order_and_chunks_of_a_batch_change_nothing(method, probes):
