@@ -32,13 +32,32 @@ def raw_bytes(tensor: Tensor) -> Any:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the tensors of the model's state dict: names, dtypes, shapes and values."""
+    """SHA-256 of the model's tensors: names in its state dict, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name, value in unwrapped(model.state_dict()).items():
         if isinstance(value, Tensor):  # a module's extra state may be anything
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(raw_bytes(value))
+            _add(digest, name, value)
+    constants = []
+    for value in _constants(model):
+        _add(constant := hashlib.sha256(), "constant", value)
+        constants.append(constant.digest())
+    digest.update(b"".join(sorted(constants)))  # saving changes their order
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, value: Tensor) -> None:
+    digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+    digest.update(raw_bytes(value))
+
+
+def _constants(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors in the code of TorchScript models: all that they have, once they are frozen."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule) and hasattr(module, "forward"):
+            graph: Any = module.inlined_graph  # its nodes live no longer than it
+            for node in graph.findAllNodes("prim::Constant"):
+                if node.hasAttribute("value") and node.kindOf("value") == "t":
+                    yield node.t("value")
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -70,6 +70,24 @@ def test_fingerprints_are_of_names_types_and_values() -> None:
     assert len(fingerprint(nn.Linear(2, 3).bfloat16())) == 64
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_frozen_models_are_told_apart_by_their_constants(tmp_path: Path) -> None:
+    def frozen(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)
+        return torch.jit.freeze(torch.jit.script(nn.Sequential(*layers).eval()))
+
+    model = frozen(0)
+    assert not model.state_dict()
+    assert fingerprint(model) != fingerprint(frozen(1))
+    assert fingerprint(nn.Sequential(model)) != fingerprint(nn.Sequential(frozen(1)))
+    torch.jit.save(model, tmp_path / "model.pt")
+    assert fingerprint(model) == fingerprint(torch.jit.load(tmp_path / "model.pt"))
+    listed = nn.ModuleDict({"list": nn.ModuleList([nn.Linear(2, 2)])})  # without a forward
+    assert len(fingerprint(torch.jit.script(nn.Sequential(nn.Linear(2, 2))))) == 64
+    assert len(fingerprint(listed)) == 64
+
+
 def test_scores_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "detector.safetensors"
 
