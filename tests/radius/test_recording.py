@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 import weakref
 from unittest import mock
 
@@ -51,6 +52,8 @@ class Device:
 
     def set_mode(self, mode: int | str) -> None:
         self.mode = mode
+        if mode == "error":
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
         self.log.append(f"host waits: {mode}")
 
 
