@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections import Counter
 from unittest import mock
 
 import pytest
@@ -12,16 +13,31 @@ from torch import Tensor, nn
 
 import rat_ext
 from rat_ext import RadiusEstimator, RadiusResult
-from rat_ext.radius import graphs as graphs_module
+from rat_ext.radius import graphs
 
 _problem = rat_ext.build_info().cuda_problem
 NEEDS_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(_problem is not None, reason=f"no usable GPU: {_problem}"),
+    # torch says so where the first matrix product of a thread is one of a backward.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),
 ]
 
-
 MODES = ["device loop", "replay loop", "eager"]
+LOOPS = {"device loop": graphs.DeviceLoop, "replay loop": graphs.ReplayLoop}
+NO_DEVICE_LOOP = (
+    None
+    if hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
+    else f"torch {torch.__version__} cannot capture a loop on the device"
+)
+ran: Counter[str] = Counter()
+"""How often a test ran an estimator in each mode."""
+
+
+def modes_line() -> str:
+    counts = [f"{mode} {ran[mode]} times" for mode in MODES if ran[mode]]
+    absent = [f"device loop absent: {NO_DEVICE_LOOP}"] if NO_DEVICE_LOOP else []
+    return "estimator modes: " + ", ".join(counts + absent)
 
 
 class Waves(nn.Module):
@@ -38,14 +54,14 @@ class Waves(nn.Module):
 
 
 def estimator_in(mode: str, model, example: Tensor, **options) -> RadiusEstimator:
-    if mode == "device loop" and not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node"):
-        pytest.skip(f"torch {torch.__version__} cannot capture a loop on the device")
-    without_loop = mock.patch.object(
-        graphs_module.CudaGraphs, "capture_while", side_effect=RuntimeError
-    )
-    with without_loop if mode == "replay loop" else contextlib.nullcontext():
+    """An estimator that can run in this mode only: where it cannot be captured, it warns why."""
+    if mode == "device loop" and NO_DEVICE_LOOP:
+        pytest.skip(NO_DEVICE_LOOP)
+    loop = LOOPS.get(mode, graphs.ReplayLoop)
+    with mock.patch.multiple(graphs, DeviceLoop=loop, ReplayLoop=loop):
         estimator = RadiusEstimator(model, example, capture=mode != "eager", **options)
     assert estimator.mode == mode
+    ran[mode] += 1
     return estimator
 
 

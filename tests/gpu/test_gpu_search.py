@@ -70,10 +70,15 @@ def test_dtypes_and_layouts(dtype, layout, shape):
         return on_device(x.double())
 
     on_device = exact
-    expected = robust_radius(model, x, full=True)
+    rtol = 0.15 if dtype.itemsize == 2 else 1e-2  # bfloat16 has no finer steps
+    expected = robust_radius(model, x, full=True, rtol=rtol)
     on_device = copy.deepcopy(exact).cuda()
-    assert_same_search(robust_radius(model, x.cuda(), full=True), expected, rtol=2e-2)
-    assert_same_search(RadiusEstimator(model, x.cuda())(x.cuda()), expected, rtol=2e-2)
+    x = x.cuda()
+    for result in (
+        robust_radius(model, x, full=True, rtol=rtol),
+        RadiusEstimator(model, x, rtol=rtol)(x),
+    ):
+        assert_same_search(result, expected, rtol=2 * rtol)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 31, 33, 257, 1025, 4096])
