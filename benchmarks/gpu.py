@@ -1,55 +1,100 @@
 """Robust radii on a GPU: how long, against what, and what of that time is rat_ext's own.
 
-    python benchmarks/gpu.py --out gpu.json              # minutes; --budget says how many seconds
+    python benchmarks/gpu.py --out gpu.json              # the cases that matter most, those first
+    python benchmarks/gpu.py --more --out more.json      # the others
     python benchmarks/gpu.py --device cpu --tiny         # the same code on a toy, in seconds
 
-Milliseconds are medians of CUDA events, contenders side by side on one batch. The nets have random
-weights, with a bias that centres the logits, so that predictions differ and flip; what a search
-costs on them is told by the forward rows. Contenders:
+Milliseconds are medians over searches run back to back, so many between two CUDA events that their
+overhead does not count. The nets have random weights, with a bias that centres the logits, so that
+predictions differ and flip; what a search costs on them is told by the forward rows. Contenders:
 
-    textbook          rat_ext.reference with regrad=True: a new gradient at each of 24 probes
-    bisection         plain PyTorch on a fixed ray, without a host synchronisation, in as many steps
-                      as 19 of 20 of these images need for rtol 1e-2 (which no user knows before)
-    compiled, graph   the same with torch.compile, and as one CUDA graph
-    rat_ext           robust_radius
-    estimator         RadiusEstimator, as it runs by default
-    forward, ray      one forward; one forward and backward to the input
+    floor           what no search can do without: a forward and backward, and two more forwards
+    model           the calls of the model that robust_radius made, alone
+    robust_radius   the function: eager
+    replay loop     RadiusEstimator in this mode
+    device loop     likewise; from torch 2.14 on
+    bisection       plain PyTorch on a fixed ray, without a host synchronisation, in as many steps
+                    as 19 of 20 of these images need for rtol 1e-2 (which no user knows before)
+    textbook        rat_ext.reference with regrad=True: a new gradient at each of 24 probes
 
-The share of rat_ext's own kernels is that of robust_radius, of the time that the GPU is busy.
-Contenders that fail are recorded with their error, and what the budget does not reach as skipped.
-The JSON is written after each case.
+Of floor and model, those with "graph" are one CUDA graph. Where the case says "compiled", all
+contenders get the model from torch.compile. `outside` is the share of a search's time that is not
+the model's: one minus the time of its calls alone, run as the search runs them. `own` is the share
+of the GPU's busy time that is spent in rat_ext's kernels.
+
+Contenders that fail are recorded with their error and end the run with 1; those that torch does not
+have, or that the budget does not reach, are recorded as well. The JSON is written after each case.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import platform
+import signal
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import rat_ext
 from rat_ext import RadiusEstimator, models, reference, robust_radius
+from rat_ext._common.user_model import full_float32
 from rat_ext._core import core
+from rat_ext.radius import graphs
 from rat_ext.search.place import launch_arguments
 
 RTOL = 1e-2
-COMPILED = ("resnet18",)  # compiling the others takes minutes
+LOOPS = {"replay loop": graphs.ReplayLoop, "device loop": graphs.DeviceLoop}
+MODEL_ALONE = {"robust_radius": "model", **dict.fromkeys(LOOPS, "model graph")}
+TIMES_TEXTBOOK = {1: 40, 256: 14}  # targets, by the batch
+MOST_OUTSIDE = {256: 0.01}
+
+
+class Case(NamedTuple):
+    model: str
+    batch: int
+    tf32: bool = False
+    channels_last: bool = False
+    compiled: str | None = None  # the backend of torch.compile
+
+    def __str__(self) -> str:
+        options = [
+            "TF32" if self.tf32 else "float32",
+            *(["channels_last"] if self.channels_last else []),
+            *(["compiled"] if self.compiled else []),
+        ]
+        return f"{self.model}, batch {self.batch}, {', '.join(options)}"
+
+
 # In order of importance: the budget may not reach the last ones.
 CASES = [
-    *(("resnet18", 1), ("resnet50", 256), ("resnet18", 32), ("resnet18", 256)),
-    *(("resnet50", 1), ("wrn-28-10", 1), ("vit-b-16", 1), ("resnet50", 32), ("wrn-28-10", 32)),
-    *(("vit-b-16", 32), ("wrn-28-10", 256), ("vit-b-16", 256)),
+    Case("resnet18", 1),
+    Case("resnet50", 256),
+    Case("resnet50", 256, tf32=True),
+    Case("resnet18", 1, tf32=True),
+    Case("resnet50", 256, tf32=True, channels_last=True),
+    Case("resnet18", 1, tf32=True, channels_last=True),
+    Case("resnet18", 1, tf32=True, compiled="inductor"),
+]
+MORE = [
+    Case("resnet50", 256, tf32=True, compiled="inductor"),
+    *(Case(name, 32, tf32=True) for name in ("resnet18", "resnet50", "wrn-28-10", "vit-b-16")),
+    *(Case(name, 1, tf32=True) for name in ("resnet50", "wrn-28-10", "vit-b-16")),
+    *(Case(name, 256, tf32=True) for name in ("resnet18", "wrn-28-10", "vit-b-16")),
+]
+TINY = [
+    Case("digits-cnn", 1),
+    Case("digits-cnn", 4, tf32=True, channels_last=True, compiled="eager"),
 ]
 
 
@@ -84,22 +129,28 @@ class Centred(nn.Module):
         return self.net(x) - self.mean
 
 
-# ---- Contenders in plain PyTorch -----------------------------------------------------------------
+# ---- Contenders ----------------------------------------------------------------------------------
 
 
-def plain_ray(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def call_model(model: nn.Module, x: Tensor, seed: Tensor, sizes: Sequence[int]) -> None:
+    """A forward of x and a backward to it, then a forward of each of the sizes."""
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(leaf)
+    torch.autograd.grad(logits, leaf, seed)
+    with torch.no_grad():
+        for rows in sizes:
+            model(x[:rows])
+
+
+@torch.no_grad()
+def plain_bisection(model: nn.Module, x: Tensor, steps: int) -> Tensor:
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(leaf)
         y = logits.detach().argmax(1)
         loss = nn.functional.cross_entropy(logits, y)
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return gradient.sign(), y
-
-
-@torch.no_grad()
-def plain_bisection(model: nn.Module, x: Tensor, steps: int) -> Tensor:
-    direction, y = plain_ray(model, x)
+    direction = torch.autograd.grad(loss, leaf)[0].sign()
     lower, upper = torch.zeros_like(x[:, 0, 0, 0]), torch.ones_like(x[:, 0, 0, 0])
     for _ in range(steps):
         middle = (lower + upper) / 2
@@ -109,62 +160,90 @@ def plain_bisection(model: nn.Module, x: Tensor, steps: int) -> Tensor:
     return (lower + upper) / 2
 
 
-def graphed_bisection(model: nn.Module, x: Tensor, steps: int) -> Callable[[], Tensor]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            plain_bisection(model, x, 2)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        radii = plain_bisection(model, x, steps)
+def steps_for(radii: Tensor) -> int:
+    """Bisections of [0, 1] after which 19 of 20 of these brackets are as narrow as RTOL."""
+    found = radii[radii.isfinite()].double()
+    smallest = float(found.quantile(0.05)) if len(found) else 1.0
+    return max(1, math.ceil(math.log2(1 / (RTOL * max(smallest, 2.0**-24)))))
 
-    def replay() -> Tensor:
-        graph.replay()
-        return radii
 
-    return replay
+def captured(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """The work as one CUDA graph, recorded as the estimator records its own."""
+    recorder = graphs.graphs_for(device)
+    if recorder is None:
+        raise NotImplementedError(f"no CUDA graphs on {device.type}")
+    return recorder.capture(work)
+
+
+def estimator_in(mode: str, model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    if graphs.graphs_for(x.device) is None:
+        raise NotImplementedError(f"no CUDA graphs on {x.device.type}")
+    if mode == "device loop" and not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node"):
+        raise NotImplementedError(f"torch {torch.__version__} cannot capture a loop on the device")
+    with (
+        mock.patch.multiple(graphs, ReplayLoop=LOOPS[mode], DeviceLoop=LOOPS[mode]),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error", RuntimeWarning)  # says why it cannot be captured
+        return partial(RadiusEstimator(model, x, rtol=RTOL), x)
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
 
+def elapsed(work: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Milliseconds of each of so many runs back to back."""
+    if device.type == "cuda":
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    total = 1e3 * (time.perf_counter() - start)
+    if device.type == "cuda":
+        after.record()
+        after.synchronize()
+        total = before.elapsed_time(after)
+    return total / repeats
+
+
 def milliseconds(work: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, Any]:
-    """The median over as many runs as fit into `seconds`; over one, if a run takes longer."""
-    times: list[float] = []
+    """The median of what takes about `seconds`, and longer if a run does."""
+    elapsed(work, 1, device)  # warms up
+    once = elapsed(work, 1, device)
+    repeats = max(1, math.ceil(1e3 * seconds / 20 / max(once, 1e-6)))
+    times = [once] if repeats == 1 else []
     end = time.perf_counter() + seconds
-    work()  # warms up
-    while not times or (time.perf_counter() < end and len(times) < 50):
-        if device.type == "cuda":
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            work()
-            after.record()
-            after.synchronize()
-            times.append(before.elapsed_time(after))
-        else:
-            start = time.perf_counter()
-            work()
-            times.append(1e3 * (time.perf_counter() - start))
-    return {"ms": statistics.median(times), "runs": len(times)}
+    while not times or time.perf_counter() < end:
+        times.append(elapsed(work, repeats, device))
+    return {"ms": statistics.median(times), "runs": repeats * len(times)}
 
 
-def own_share(work: Callable[[], Any], device: torch.device) -> float | None:
-    """Share of the GPU's busy time that is spent in the kernels of namespace rat."""
+def count(events: Iterable[Any]) -> dict[str, Any]:
+    """Launches, host synchronisations and the share of rat_ext's kernels in a profile."""
+    launches = syncs = 0
+    busy = own = 0.0
+    for event in events:
+        name = event.key
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            busy += event.self_device_time_total
+            own += event.self_device_time_total if "rat::" in name else 0
+        elif name.startswith("cu") and "Launch" in name:
+            launches += event.count
+        # The profiler synchronises the device itself; nothing else here does.
+        elif name in ("cudaMemcpy", "cudaStreamSynchronize", "cudaEventSynchronize"):
+            syncs += event.count
+    return {"launches": launches, "host_syncs": syncs, "own_share": own / busy if busy else None}
+
+
+def profiled(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
-        return None
+        return {}
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         work()
         torch.cuda.synchronize(device)
-    busy = {
-        event.key: event.self_device_time_total
-        for event in profile.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    }
-    own = sum(t for name, t in busy.items() if "rat::" in name)
-    return own / sum(busy.values()) if busy else None
+    return count(profile.key_averages())
 
 
 def perturb_bandwidth(device: torch.device, rows: int, shape: tuple[int, ...]) -> dict[str, float]:
@@ -188,136 +267,195 @@ def perturb_bandwidth(device: torch.device, rows: int, shape: tuple[int, ...]) -
     }
 
 
-def steps_for(radii: Tensor) -> int:
-    """Bisections of [0, 1] after which 19 of 20 of these brackets are as narrow as RTOL."""
-    found = radii[radii.isfinite()].double()
-    smallest = float(found.quantile(0.05)) if len(found) else 1.0
-    return max(1, math.ceil(math.log2(1 / (RTOL * max(smallest, 2.0**-24)))))
-
-
-def run_case(
-    name: str, batch: int, device: torch.device, seconds: float, end: float
-) -> dict[str, Any]:
+def run_case(case: Case, device: torch.device, seconds: float, end: float) -> dict[str, Any]:
     """Measures every contender that starts before `end`."""
+    # Both ways of asking for TF32 are left in agreement; torch refuses to read them otherwise.
+    torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
+    with contextlib.nullcontext() if case.tf32 else full_float32():
+        return _run_case(case, device, seconds, end)
+
+
+def _run_case(case: Case, device: torch.device, seconds: float, end: float) -> dict[str, Any]:
     torch.manual_seed(0)
-    net, shape = build_model(name)
-    x = torch.rand(batch, *shape, device=device)
-    model = Centred(net.to(device), torch.rand(8, *shape, device=device)).eval()
-    result = robust_radius(model, x, rtol=RTOL, full=True)
-    steps = steps_for(result.radius)
-    estimators: dict[str, RadiusEstimator] = {}
+    net, shape = build_model(case.model)
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    x = torch.rand(case.batch, *shape, device=device).contiguous(memory_format=layout)
+    net = net.to(device, memory_format=layout)
+    model: Any = Centred(net, torch.rand(8, *shape, device=device)).eval()
+    if case.compiled:
+        model = torch.compile(model, backend=case.compiled)
+    sizes: list[int] = []
 
-    def estimator(key: str) -> Callable[[], Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)  # a failed capture is a failure here
-            estimators[key] = RadiusEstimator(model, x, rtol=RTOL)
-        return partial(estimators[key], x)
-
-    def compiled() -> Callable[[], Any]:
-        if name not in COMPILED:
-            raise NotImplementedError("not compiled: takes too long")
-        return partial(plain_bisection, torch.compile(model), x, steps)
-
-    @torch.no_grad()
-    def forward() -> Tensor:
+    def watched(x: Tensor) -> Tensor:
+        sizes.append(len(x))
         return model(x)
 
-    makers = {
-        "forward": lambda: forward,
-        "ray": lambda: partial(plain_ray, model, x),
-        "rat_ext": lambda: partial(robust_radius, model, x, rtol=RTOL, full=True),
-        "estimator": lambda: estimator("estimator"),
+    result = robust_radius(watched, x, rtol=RTOL, full=True)
+    with torch.no_grad():
+        seed = torch.ones_like(model(x))
+    floor = partial(call_model, model, x, seed, [case.batch] * 2)
+    alone = partial(call_model, model, x, seed, sizes[1:])
+    steps = steps_for(result.radius)
+    makers: dict[str, Callable[[], Callable[[], Any]]] = {
+        "floor": lambda: floor,
+        "floor graph": lambda: captured(floor, device),
+        "model": lambda: alone,
+        "model graph": lambda: captured(alone, device),
+        "robust_radius": lambda: partial(robust_radius, model, x, rtol=RTOL, full=True),
+        **{mode: partial(estimator_in, mode, model, x) for mode in LOOPS},
         "bisection": lambda: partial(plain_bisection, model, x, steps),
-        "bisection compiled": compiled,
-        "bisection graph": lambda: graphed_bisection(model, x, steps),
         "textbook": lambda: partial(reference.robust_radius, model, x, rtol=RTOL, regrad=True),
     }
-    if device.type != "cuda":
-        del makers["bisection graph"]
     contenders: dict[str, dict[str, Any]] = {}
-    for key, make in makers.items():
+    for name, make in makers.items():
+        entry = contenders[name] = {}
         try:
-            if time.perf_counter() > end:
+            if out_of_time(end):
                 raise TimeoutError("out of time")
-            contenders[key] = milliseconds(make(), device, seconds)
+            work = make()
+            entry |= milliseconds(work, device, seconds)
+            if name in MODEL_ALONE:
+                entry |= profiled(work, device)
+                same = torch.isclose(work().radius, result.radius, rtol=2 * RTOL)
+                entry["agrees"] = float(same.double().mean())
         except Exception as error:
-            contenders[key] = {
-                "error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            }
-        if key != "estimator":
-            estimators.pop(key, None)
+            entry["error"] = one_line(error)
+            entry["failed"] = not (isinstance(error, NotImplementedError) or out_of_time(end))
+        work = None  # gives back its memory, graphs and all
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    ours = estimators.get("estimator")
-    radii = ours(x).radius if ours else result.radius
     return {
-        "model": name,
-        "batch": batch,
-        "mode": ours.mode if ours else None,
+        "case": str(case),
+        **case._asdict(),
         "bisection_steps": steps,
         "forward_rows": float(result.forward_rows.double().mean()),
         "found": float(result.found.double().mean()),
-        "estimator_agrees": float(
-            torch.isclose(radii, result.radius, rtol=2 * RTOL).double().mean()
-        ),
-        "own_share": own_share(partial(robust_radius, model, x, rtol=RTOL), device),
-        "contenders": contenders,
+        "contenders": with_ratios(contenders),
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    """One line for each case: milliseconds, and how many times the estimator's; or the error."""
-    lines = []
-    for case in report["cases"]:
-        times = {k: c.get("ms") for k, c in case["contenders"].items()}
-        ours = times.get("estimator") or times.get("rat_ext") or math.nan
-        cells = [f"{k} {t:.2f} ms ({t / ours:.2f} x)" for k, t in times.items() if t is not None]
-        cells += [f"{k}: {c['error']}" for k, c in case["contenders"].items() if "error" in c]
-        share = case["own_share"]
-        own = "" if share is None else f"; own kernels {100 * share:.1f} %"
-        lines.append(f"{case['model']}, batch {case['batch']}: {', '.join(cells)}{own}")
-    if report["skipped"]:
-        lines.append(f"out of time for: {', '.join(report['skipped'])}")
-    if report["perturb"]:
-        lines.append(f"perturb: {100 * report['perturb']['ratio']:.0f} % of the copy bandwidth")
+def out_of_time(end: float) -> bool:
+    return time.perf_counter() >= end
+
+
+# ---- What is told --------------------------------------------------------------------------------
+
+
+def with_ratios(contenders: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Times against the lower floor and the textbook, and the shares outside the model."""
+    times = {name: entry["ms"] for name, entry in contenders.items() if "ms" in entry}
+    floors = [times[name] for name in ("floor", "floor graph") if name in times]
+    for name, ms in times.items():
+        entry = contenders[name]
+        entry["times_floor"] = ms / min(floors) if floors else None
+        entry["times_faster_than_textbook"] = (
+            times["textbook"] / ms if "textbook" in times else None
+        )
+        if (alone := times.get(MODEL_ALONE.get(name, ""))) is not None:
+            entry["outside"] = 1 - alone / ms
+    return contenders
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def cell(value: float | None, text: str) -> str:
+    return "-" if value is None else text.format(value)
+
+
+def table(case: dict[str, Any]) -> str:
+    """The contenders of a case, and how the fastest search does against the targets."""
+    heads = ("ms", "x floor", "textbook/", "outside", "own", "launches", "syncs", "agrees")
+    lines = [f"{case['case']}: {case['forward_rows']:.2f} rows, {case['found']:.0%} found"]
+    lines.append(f"  {'':14}" + "".join(f"{head:>10}" for head in heads))
+    for name, entry in case["contenders"].items():
+        if "ms" in entry:
+            cells = (
+                cell(entry["ms"], "{:.3f}"),
+                cell(entry["times_floor"], "{:.2f}"),
+                cell(entry["times_faster_than_textbook"], "{:.1f}"),
+                cell(entry.get("outside"), "{:.1%}"),
+                cell(entry.get("own_share"), "{:.1%}"),
+                cell(entry.get("launches"), "{}"),
+                cell(entry.get("host_syncs"), "{}"),
+                cell(entry.get("agrees"), "{:.0%}"),
+            )
+            lines.append(f"  {name:14}" + "".join(f"{each:>10}" for each in cells))
+        if "error" in entry:
+            lines.append(f"  {name:14}{'FAILED: ' if entry['failed'] else ''}{entry['error']}")
+    searches = [name for name in MODEL_ALONE if "ms" in case["contenders"][name]]
+    if searches:
+        best = min(searches, key=lambda name: case["contenders"][name]["ms"])
+        lines += targets(case["batch"], best, case["contenders"][best])
     return "\n".join(lines)
+
+
+def targets(batch: int, name: str, entry: dict[str, Any]) -> list[str]:
+    """The targets for this batch size beside what was measured."""
+    told = []
+    faster, outside = entry["times_faster_than_textbook"], entry.get("outside")
+    if batch in TIMES_TEXTBOOK and faster is not None:
+        least = TIMES_TEXTBOOK[batch]
+        verdict = "met" if faster >= least else "MISSED"
+        told.append(f"  target {least} x the textbook: {faster:.1f} x by {name}, {verdict}")
+    if batch in MOST_OUTSIDE and outside is not None:
+        most = MOST_OUTSIDE[batch]
+        verdict = "met" if outside <= most else "MISSED"
+        told.append(f"  target {most:.0%} outside the model: {outside:.1%} in {name}, {verdict}")
+    return told
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument(
-        "--budget", type=float, default=600, help="seconds after which nothing starts"
-    )
-    parser.add_argument("--seconds", type=float, default=2, help="for each contender, at least")
+    parser.add_argument("--budget", type=int, default=600, help="seconds until it stops")
+    parser.add_argument("--seconds", type=float, default=0.5, help="about, for each contender")
+    parser.add_argument("--more", action="store_true", help="the less important cases")
     parser.add_argument("--tiny", action="store_true", help="a toy, to test this script")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and (problem := rat_ext.build_info().cuda_problem):
         parser.error(f"no usable GPU: {problem}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    end = time.perf_counter() + arguments.budget
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError("out of time")
+
+    signal.signal(signal.SIGALRM, stop)  # also in the midst of compiling or capturing
+    signal.alarm(arguments.budget)
+    shape = (3, 8, 8) if arguments.tiny else (3, 224, 224)
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "device_loop": hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node"),
-        "perturb": None,
+        "perturb": perturb_bandwidth(device, 8 if arguments.tiny else 256, shape),
         "cases": [],
         "skipped": [],
+        "failed": [],
     }
-    end = time.perf_counter() + arguments.budget
-    shape = (3, 8, 8) if arguments.tiny else (3, 224, 224)
-    report["perturb"] = perturb_bandwidth(device, 8 if arguments.tiny else 256, shape)
-    cases = [("digits-cnn", 1), ("digits-cnn", 4)] if arguments.tiny else CASES
-    for name, batch in tqdm(cases, unit="case"):
-        if time.perf_counter() < end:
-            report["cases"].append(run_case(name, batch, device, arguments.seconds, end))
-        else:
-            report["skipped"].append(f"{name}, batch {batch}")
+    ratio = report["perturb"]["ratio"]
+    print(f"perturb: {ratio:.0%} of the bandwidth of a copy", flush=True)
+    for case in TINY if arguments.tiny else MORE if arguments.more else CASES:
+        try:
+            if out_of_time(end):
+                raise TimeoutError("out of time")
+            done = run_case(case, device, arguments.seconds, end)
+            report["cases"].append(done)
+            failed = [name for name, c in done["contenders"].items() if c.get("failed")]
+            report["failed"] += [f"{case}: {name}" for name in failed]
+            print(table(done), flush=True)
+        except Exception as error:  # the other cases may do better
+            line = f"{case}: {one_line(error)}"
+            report["skipped" if out_of_time(end) else "failed"].append(line)
+            print(line, flush=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    signal.alarm(0)
+    if report["failed"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

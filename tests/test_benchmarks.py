@@ -6,7 +6,10 @@ import importlib.util
 import io
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import helpers
 import numpy as np
@@ -28,6 +31,14 @@ def throughput():
     finally:
         sys.path.remove(str(BENCHMARKS))
     return throughput
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", BENCHMARKS / "gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    return gpu
 
 
 @pytest.fixture
@@ -129,6 +140,87 @@ def test_allocations_outside_the_model_are_counted(throughput):
     assert allocations.peak == 2 * x.nbytes
     assert len(kept) == 2
     assert watched.seconds > 0
+
+
+def test_launches_and_host_waits_are_counted(gpu):
+    def event(key, count=1, time=0.0, device="CPU"):
+        return SimpleNamespace(
+            key=key,
+            count=count,
+            self_device_time_total=time,
+            device_type=getattr(torch.autograd.DeviceType, device),
+        )
+
+    events = [
+        event("aten::conv2d", 5),
+        event("cudaLaunchKernel", 7),
+        event("cuLaunchKernelEx", 2),
+        event("cudaGraphLaunch"),
+        event("cudaMemcpyAsync", 4),
+        event("cudaStreamSynchronize", 2),
+        event("cudaEventSynchronize", 3),
+        event("cudaDeviceSynchronize"),  # the profiler's
+        event("void rat::cuda::call<rat::Perturb>", 3, 1.0, "CUDA"),
+        event("void cudnn::LaunchSomething", 9, 3.0, "CUDA"),
+    ]
+    assert gpu.count(events) == {"launches": 10, "host_syncs": 5, "own_share": 0.25}
+
+
+def test_times_are_told_against_the_floor_the_textbook_and_the_targets(gpu):
+    times = {"floor": 4, "floor graph": 2, "model graph": 2.98, "textbook": 45, "replay loop": 3}
+    contenders = {name: {"ms": ms} for name, ms in times.items()}
+    contenders["robust_radius"] = {"ms": 6.0}
+    contenders["device loop"] = {"error": "NotImplementedError: absent", "failed": False}
+    replay = gpu.with_ratios(contenders)["replay loop"]
+    assert replay["times_floor"] == 1.5
+    assert replay["times_faster_than_textbook"] == 15
+    assert replay["outside"] == pytest.approx(0.02 / 3)
+    assert "outside" not in contenders["robust_radius"]  # "model" was not measured
+    case = {"case": "net", "batch": 256, "forward_rows": 3, "found": 1, "contenders": contenders}
+    *_, faster, outside = gpu.table(case).splitlines()
+    assert faster == "  target 14 x the textbook: 15.0 x by replay loop, met"
+    assert outside == "  target 1% outside the model: 0.7% in replay loop, met"
+    assert "40 x the textbook: 15.0 x by replay loop, MISSED" in gpu.table({**case, "batch": 1})
+
+
+def test_what_the_budget_does_not_reach_is_told(gpu, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--tiny", "--budget", "0", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments])
+    gpu.main()
+    report = json.loads(out.read_text())
+    assert report["skipped"] == [f"{case}: TimeoutError: out of time" for case in gpu.TINY]
+    assert report["cases"] == report["failed"] == []
+
+
+def test_what_runs_beyond_the_budget_is_stopped(gpu, tmp_path, monkeypatch):
+    out = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--tiny", "--budget", "1", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments])
+    monkeypatch.setattr(gpu, "perturb_bandwidth", lambda *_: {"ratio": 1})
+    monkeypatch.setattr(gpu, "call_model", lambda *_: time.sleep(60))
+    gpu.main()
+    report = json.loads(out.read_text())
+    assert report["failed"] == []
+    assert len(report["skipped"]) == len(gpu.TINY) - 1
+    (case,) = report["cases"]
+    errors = {entry["error"] for entry in case["contenders"].values()}
+    assert errors == {"TimeoutError: out of time"}
+
+
+def test_a_contender_that_fails_is_recorded_and_ends_the_run_with_1(gpu, tmp_path, monkeypatch):
+    out = tmp_path / "gpu.json"
+    arguments = ["--device", "cpu", "--tiny", "--seconds", "0.001", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments])
+    monkeypatch.setattr(gpu, "TINY", gpu.TINY[:1])
+    monkeypatch.setattr(gpu, "plain_bisection", mock.Mock(side_effect=ValueError("broken")))
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main()
+    report = json.loads(out.read_text())
+    assert report["failed"] == ["digits-cnn, batch 1, float32: bisection"]
+    (case,) = report["cases"]
+    assert case["contenders"]["bisection"]["error"] == "ValueError: broken"
+    assert case["contenders"]["textbook"]["ms"] > 0
 
 
 def test_the_load_test_measures_the_service_and_its_floor(tmp_path, capsys):
