@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers import RowExact, uniform
 from torch import Tensor
 
 from rat_ext import RadiusEstimator, reference, robust_radius
+from rat_ext._common.user_model import full_float32
 
 pytestmark = NEEDS_GPU
 
@@ -108,6 +110,34 @@ def test_host_synchronisations_of_an_eager_search():
         robust_radius(model, x)
     syncs = [w for w in caught if "synchroniz" in str(w.message)]
     assert len(syncs) == 2, [str(w.message) for w in caught]  # bounds and nan; none in a round
+
+
+def estimated(model, x: Tensor, **options) -> Tensor:
+    return RadiusEstimator(model, x, **options)(x).radius
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """TF32 for matrix products, which is off in the other tests (conftest.py)."""
+    products = torch.backends.cuda.matmul
+    new = hasattr(products, "fp32_precision")  # torch 2.9 and later
+    name, value = ("fp32_precision", "tf32") if new else ("allow_tf32", True)
+    before = getattr(products, name)
+    setattr(products, name, value)
+    yield
+    setattr(products, name, before)
+
+
+@pytest.mark.parametrize("measure", [robust_radius, estimated])
+def test_radii_are_in_tf32_as_torch_is_set_unless_it_is_off(measure, tf32):
+    model, x = Waves(512, 10).cuda(), uniform(64, 512, dtype=torch.float32).cuda()
+    with full_float32():
+        exact = measure(model, x)
+    torch.testing.assert_close(measure(model, x, tf32=False), exact, rtol=1e-5, atol=0)
+    coarse = measure(model, x)
+    assert (coarse / exact).log().abs().median() < 0.1
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert not torch.equal(coarse, exact)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
