@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-RADIUS = ["tests/radius", "--ignore=tests/radius/test_shards.py"]
+RADIUS = ["tests/radius", "--ignore-glob=*/test_shards*"]
 TARGETS: dict[str, tuple[list[str], list[str]]] = {
     "search": (
         ["rat_ext/search/bracket_search.py", "rat_ext/search/result.py"],
@@ -46,8 +46,15 @@ TARGETS: dict[str, tuple[list[str], list[str]]] = {
         [*RADIUS, "tests/attacks/test_attack_options.py", "tests/attacks/test_several.py"],
     ),
     "radius": (["rat_ext/radius/robust_radius.py"], RADIUS),
-    "reference": (["rat_ext/reference.py"], ["tests/radius", "tests/attacks/test_pgd.py"]),
-    "attacks": (["rat_ext/attacks/rays.py", "rat_ext/attacks/pgd.py"], ["tests/attacks"]),
+    "reference": (["rat_ext/reference.py"], [*RADIUS, "tests/attacks/test_pgd.py"]),
+    "attacks": (
+        [f"rat_ext/attacks/{name}.py" for name in ("rays", "pgd", "borrowed")],
+        ["tests/attacks"],
+    ),
+    "shards": (
+        ["rat_ext/radius/shard_run.py", "rat_ext/radius/shard_files.py"],
+        ["tests/radius", "-k", "shards and not memory and not worker_does_not"],
+    ),
     "metrics": (
         ["rat_ext/metrics.py"],
         ["tests/test_metrics.py", "-k", "not classes and not importing and not as_often"],
@@ -121,11 +128,11 @@ def python_mutants(path: str, source: bytes) -> Iterator[Mutant]:
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     for node in code(ast.parse(source)):
-        begin = starts[node.lineno - 1] + node.col_offset
-        end = starts[node.end_lineno - 1] + node.end_col_offset
-        for new in changes(node):
+        for old, new in changes(node):
+            begin = starts[old.lineno - 1] + old.col_offset
+            end = starts[old.end_lineno - 1] + old.end_col_offset
             text = ast.unparse(new)
-            if isinstance(node, ast.expr) and not isinstance(new, ast.Constant | ast.Name):
+            if isinstance(old, ast.expr) and not isinstance(new, ast.Constant | ast.Name):
                 text = f"({text})"
             yield Mutant(path, begin, source[begin:end], text.encode())
 
@@ -145,8 +152,18 @@ def code(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
             yield from code(child)
 
 
-def changes(node: ast.expr | ast.stmt) -> Iterator[ast.AST]:
-    """Other things that could stand in this node's place."""
+def changes(node: ast.expr | ast.stmt) -> Iterator[tuple[ast.expr | ast.stmt, ast.AST]]:
+    """The node, or its condition, each with something that could stand in its place."""
+    for new in others(node):
+        yield node, new
+    if isinstance(node, ast.If | ast.While | ast.IfExp) and not isinstance(
+        node.test, ast.Compare | ast.BoolOp | ast.UnaryOp
+    ):
+        yield node.test, ast.UnaryOp(ast.Not(), node.test)
+
+
+def others(node: ast.expr | ast.stmt) -> Iterator[ast.AST]:
+    """What could stand in this node's place."""
 
     def but(**fields: object) -> ast.AST:
         new = copy.deepcopy(node)
@@ -180,10 +197,6 @@ def changes(node: ast.expr | ast.stmt) -> Iterator[ast.AST]:
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
     ):
         yield ast.Pass()
-    if isinstance(node, ast.If | ast.While | ast.IfExp) and not isinstance(
-        node.test, ast.Compare | ast.BoolOp | ast.UnaryOp
-    ):
-        yield but(test=ast.UnaryOp(ast.Not(), node.test))
 
 
 # --- Mutants of C++ -------------------------------------------------------------------------------

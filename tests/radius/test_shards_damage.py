@@ -175,7 +175,8 @@ def test_a_stream_of_another_length(batches: int, finished: bool, tmp_path: Path
     settings = {"out": tmp_path, "batches_per_shard": 3, "progress": False}
     shards = robust_radii(RowExact(), iter(x[:4]), **settings)
     if finished:
-        shards.path(0).unlink()
+        for number in range(2):
+            shards.path(number).unlink()
     else:
         reopen(shards, [0])
     with pytest.raises(ValueError, match=f"gave {batches} batches, and another number when"):
