@@ -35,7 +35,7 @@ class AttackRay(VectorRay):
             # Which of its batch's rows an attack goes on with is not known: all pay alike.
             spent.fill_(total // len(step))[: total % len(step)] += 1
         self.direction[rows] = unit(step, self.options.norm)
-        slope = self.slope(gradient.to(step.dtype), rows)
+        slope = self.slope(gradient, rows)
         # The ray need not start downhill; 0 would say that nothing can move.
         found = length(step, self.options.norm)
         self.start(slope.clamp_min(torch.finfo(slope.dtype).tiny).where(found > 0, 0), begin)
@@ -95,7 +95,7 @@ class WatchedModel(nn.Module):
     reach the inputs and nothing else: ``backward()`` leaves no ``.grad`` on the model's parameters.
     """
 
-    def __init__(self, model: Model, x: Tensor, low: Value = 0.0, width: Value = 1.0) -> None:
+    def __init__(self, model: Model, x: Tensor, low: Value, width: Value) -> None:
         super().__init__()
         self.training = False
         self.device_of = nn.Parameter(x.new_empty(0), requires_grad=False)  # libraries ask for it

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from attack_helpers import LIBRARY, blob
+from attack_helpers import LIBRARY, Recorder, blob
 from helpers import RowExact, mlp, uniform
 
 from rat_ext import robust_radius
@@ -49,6 +49,14 @@ def test_a_function_chooses_the_ray_that_is_searched():
     assert (in_l2.radius >= result.radius * 0.98)[both & in_l2.found].all()
     nothing = robust_radius(model, x, attack=lambda model, x, y: x, full=True)
     assert not nothing.found.any()
+
+
+def test_the_first_probes_divide_the_way_to_the_point_that_was_found():
+    recorder, x = Recorder(RowExact()), uniform(1, 12)
+    robust_radius(recorder, x, attack=blob, probes=4)
+    shares = torch.arange(1, 5, dtype=x.dtype)[:, None] / 4
+    way = blob(recorder.model, x, recorder.model(x).argmax(1)) - x
+    torch.testing.assert_close(recorder.inputs[2], x + shares * way)
 
 
 def test_a_missing_library_is_named(monkeypatch):

@@ -133,7 +133,7 @@ def test_a_constant_model_has_no_boundary(attack):
     assert not result.found.any()
 
 
-@pytest.mark.parametrize("attack", ["pgd", "fgsm_l2", blob])
+@pytest.mark.parametrize("attack", ["pgd", "fgsm_l2", blob, ["fgsm", "pgd"]])
 def test_temperature_sweep_equals_single_calls(attack):
     model, x = RowExact(), uniform(10, 12)
     temperatures = [0.2, 3.0]

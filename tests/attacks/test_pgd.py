@@ -67,6 +67,14 @@ def test_pgd_is_never_above_fgsm(norm, classes, target, seed):
     assert (pgd.forward_rows <= pgd.worst_case_rows).all()
 
 
+@pytest.mark.parametrize("attack", OURS)
+def test_what_all_logits_of_a_row_have_in_common_counts_for_nothing(attack):
+    """Also where that makes a logit 0."""
+    model, x = RowExact(seed=1), uniform(20, 12, seed=1)
+    result = robust_radius(lambda x: model(x) - model(x)[:, :1], x, attack=attack)
+    torch.testing.assert_close(result, robust_radius(model, x, attack=attack), rtol=1e-2, atol=0)
+
+
 def test_rows_that_are_done_leave_a_pgd():
     recorder, x = Recorder(RowExact()), uniform(30, 12)
     result = robust_radius(recorder, x, attack="pgd", batch_size=16, full=True)

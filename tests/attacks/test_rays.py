@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from attack_helpers import Recorder, distance
@@ -42,6 +44,34 @@ def test_an_affine_model_has_its_exact_distances(seed, shift, scale):
         near = expected < 0.3
         result = robust_radius(model, x, attack=attack, rtol=1e-5)
         torch.testing.assert_close(result[near], expected[near], rtol=1e-5, atol=2.0**-24)
+
+
+@pytest.mark.parametrize(("attack", "expected"), [("fgsm", 0.25), ("fgsm_l2", 0.5)])
+@pytest.mark.parametrize("corner", [0.0, 1.0])
+def test_a_ray_from_a_corner_leads_inside_or_nowhere(corner, attack, expected):
+    x = torch.full((1, 4), corner, dtype=torch.float64)
+
+    def falling(slope: float):
+        """A margin of 1 in the corner, which falls with the sum of the elements, or rises."""
+        return lambda x: torch.stack([1 - slope * (x - corner).sum(1), 0 * x[:, 0]], 1)
+
+    inside = 1 - 2 * corner
+    radius = robust_radius(falling(inside), x, attack=attack, rtol=1e-6)
+    assert radius.item() == pytest.approx(expected, rel=1e-6)
+    nowhere = robust_radius(falling(-inside), x, attack=attack, full=True)
+    assert nowhere.radius.item() == math.inf
+    assert nowhere.forward_rows.item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bounds_of_each_feature_in_half_precision(dtype):
+    model, x = mlp(seed=2), uniform(20, 12, seed=2).to(dtype)
+    bounds = (torch.tensor([-1.0, *[0] * 11]), 1.0)
+    expected = robust_radius(model, x.double(), bounds=bounds, rtol=0.15)
+    result = robust_radius(model.to(dtype), x, bounds=bounds, rtol=0.15)
+    both = result.isfinite() & expected.isfinite()
+    assert both.float().mean() > 0.8
+    assert (result[both].double() / expected[both]).log().abs().median() < 0.2
 
 
 def test_l2_radii_know_of_clipping_and_rotation():
