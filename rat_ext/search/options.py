@@ -303,7 +303,7 @@ class Options:
     @classmethod
     def checked(cls, x: Tensor, **given: Unpack[SearchOptions]) -> Options:
         """The options for inputs x, of which only the type and shape are looked at."""
-        if unknown := given.keys() - OPTIONS.keys():
+        if unknown := given.keys() - OPTIONS:
             raise TypeError(
                 f"got an unexpected keyword argument {min(unknown)!r}; the options of a search are "
                 f"{', '.join(OPTIONS)}"

@@ -31,7 +31,7 @@ X = uniform(4, 12)
         (ValueError, r"bounds is \(1, 0\); low must be below high", X, {"bounds": (1, 0)}),
         (ValueError, r"bounds is \(0,\); expected \(low, high\)", X, {"bounds": (0,)}),
         (ValueError, "temperature is 0; it must be positive", X, {"temperature": 0}),
-        (ValueError, "eps_max is -1; it must be positive", X, {"eps_max": -1}),
+        (ValueError, "eps_max is 0; it must be positive", X, {"eps_max": 0}),
         (ValueError, "h is nan; it must be positive", X, {"h": math.nan}),
         (ValueError, "batch_size is 0; it must be at least 1", X, {"batch_size": 0}),
     ],

@@ -10,6 +10,7 @@ from helpers import RowExact, mlp, uniform
 from torch import Tensor, nn
 
 from rat_ext import RadiusEstimator, reference, robust_radius
+from rat_ext.search.options import MAX_PROBES
 
 FEATURES = 20
 X = torch.randn(60, FEATURES, generator=torch.Generator().manual_seed(0))
@@ -159,6 +160,16 @@ def test_a_limit_beyond_the_dtype_is_none(eps_max, search):
     assert result.found.all()
     assert result.lower.isfinite().all()
     assert 0 < result.worst_case_rows < 500
+    torch.testing.assert_close(result.radius.double(), exact(), rtol=6e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"probes": MAX_PROBES}, {"batch_size": 1}, {"rtol": 64 * torch.finfo(torch.float32).eps}],
+)
+def test_the_last_values_that_are_allowed(options):
+    result = robust_radius(tabular(), X, bounds=None, full=True, **options)
+    assert result.resolved.all()
     torch.testing.assert_close(result.radius.double(), exact(), rtol=6e-3, atol=0)
 
 
