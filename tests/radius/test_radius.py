@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from helpers import RowExact, WithLogits, assert_identical, cnn, mlp, uniform
 from torch import Tensor, nn
 
 from rat_ext import reference, robust_radius, temperature_sweep
+from rat_ext.search.options import OPTIONS
 
 METHODS = ["bs", "fast"]
 
@@ -38,6 +40,26 @@ def test_temperature_sweep_warns_of_every_temperature():
     with pytest.warns(RuntimeWarning, match="1 of 1 rows have a bracket that is wider"):
         coarse = temperature_sweep(model, x, [1e4, 1.0], bounds=None, eps_max=10.0)
     assert [bool(result.resolved) for result in coarse] == [True, False]
+
+
+def test_a_sweep_of_one_temperature_warns_as_a_single_call_does():
+    model, x = RowExact(), uniform(20, 12)
+    x[7, 3] = math.nan
+    with pytest.warns(RuntimeWarning, match="1 of 20 rows") as expected:
+        single = robust_radius(model, x, temperature=3.0, full=True)
+    with pytest.warns(RuntimeWarning, match="1 of 20 rows") as caught:
+        (result,) = temperature_sweep(model, x, [3.0])
+    assert [str(each.message) for each in caught] == [str(each.message) for each in expected]
+    assert caught[0].filename == __file__
+    assert_identical(result, single)
+
+
+def test_help_shows_every_option():
+    parameters = inspect.signature(robust_radius).parameters
+    documentation = " ".join(robust_radius.__doc__.split())
+    for name, option in OPTIONS.items():
+        assert parameters[name].default == option.default
+        assert f"{name}: {option.help}" in documentation
 
 
 @pytest.mark.parametrize("method", METHODS)
