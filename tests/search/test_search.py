@@ -144,6 +144,30 @@ def test_the_end_of_the_ray_is_reached_where_every_estimate_is_near(scale, probe
     assert result.forward_rows.max() <= 13 * probes
 
 
+@pytest.mark.parametrize("bend", [0.1, 0.01, 1e-4])
+def test_gaps_that_rise_are_passed_as_fast_as_constant_ones(bend):
+    """Straightened, they are lines that fall, but reach 0 beyond a pole only."""
+    constant, rising = (
+        robust_radius(OnRay(shape, slope=1e3), rows([1e-3]), full=True)
+        for shape in (torch.ones_like, lambda u: 1 + (bend * u) ** 2)
+    )
+    assert not rising.found.any()
+    assert rising.forward_rows == constant.forward_rows
+
+
+@pytest.mark.parametrize("flip", [1e-36, 1e-20, 1.0, 1e20])
+def test_a_bracket_of_all_float32_is_bisected_by_ratio(flip):
+    """What the first probe leaves: no float32 is the ratio of its ends."""
+    model, x = OnRay(SHAPES["step"], slope=1e-36), rows([flip]).float()
+    result = robust_radius(model, x, bounds=None, eps_max=math.inf, full=True)
+    assert result.resolved.all()
+    assert result.lower < x[0, 1] <= result.upper
+    octaves = 127 + 126
+    # The first probe, and kSlack beyond the halvings of the octaves down to that of the tolerance.
+    halvings = math.log2(octaves / -math.log2(1 - 1e-2))
+    assert result.forward_rows <= 1 + math.ceil(halvings) + 4
+
+
 def test_an_adversary_that_answers_at_the_last_moment():
     """The flip is wherever the search has not looked yet: below each probe but the last ones."""
 
