@@ -43,9 +43,12 @@ TARGETS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "options": (
         ["rat_ext/search/options.py", "rat_ext/search/attack.py"],
-        [*RADIUS, "tests/attacks/test_attack_options.py", "tests/attacks/test_several.py"],
+        [*RADIUS, *(f"tests/attacks/test_{name}.py" for name in ("attack_options", "borrowed"))],
     ),
-    "radius": (["rat_ext/radius/robust_radius.py"], RADIUS),
+    "radius": (
+        ["rat_ext/radius/robust_radius.py"],
+        [*RADIUS, *(f"tests/attacks/test_{name}.py" for name in ("every_attack", "several"))],
+    ),
     "reference": (["rat_ext/reference.py"], [*RADIUS, "tests/attacks/test_pgd.py"]),
     "attacks": (
         [f"rat_ext/attacks/{name}.py" for name in ("rays", "pgd", "borrowed")],
