@@ -78,8 +78,7 @@ def robust_radius(
         if not len(x):
             empty = RadiusResult.empty(x, chosen)
             return empty if full else empty.radius
-        finite_rows = x.isfinite().flatten(1).all(1)
-        outside = chosen.bounds.outside(x) & finite_rows
+        outside = chosen.bounds.outside(x) & finite(x)
         if outside.any():
             raise chosen.bounds.error(x[outside], len(x))
         check_device(model, x)
@@ -89,6 +88,11 @@ def robust_radius(
             result = concatenate([method(model, chunk, chosen) for chunk in chunks])
     warn_about(problems(result).tolist(), len(result), stacklevel=2)
     return result if full else result.radius
+
+
+def finite(*tensors: Tensor) -> Tensor:
+    """(N,) bool: the rows whose elements are finite in all of the tensors."""
+    return torch.stack([each.isfinite().flatten(1).all(1) for each in tensors]).all(0)
 
 
 # --- The ray --------------------------------------------------------------------------------------
@@ -110,8 +114,8 @@ def fgsm_direction(
     model is confident. For L2 d is the gradient, scaled to norm 1.
     """
     gradient, z, y, _ = attack_gradient(model, x, temperature, target)
-    failed = ~gradient.isfinite().flatten(1).all(1)
-    gradient = gradient.masked_fill(failed.view(-1, *[1] * (x.ndim - 1)), math.nan)
+    failed = ~finite(gradient).view(-1, *[1] * (x.ndim - 1))
+    gradient = gradient.masked_fill(failed, math.nan)
     return steepest(gradient, norm), z, y
 
 
@@ -184,7 +188,7 @@ def searched_ray(model: Model, x: Tensor, options: Options) -> tuple[_Rows, Tens
     direction, z, y = fgsm_direction(model, x, options.temperature, options.norm, options.target)
     row = _Rows(x, z, y, options)
     row.least_step = least_step(x, direction)
-    row.fail(~direction.isfinite().flatten(1).all(1))
+    row.fail(~finite(direction))
 
     def probe(i: Tensor, eps: Tensor) -> Tensor:
         row.rows[i] += 1
@@ -298,7 +302,7 @@ class _Rows:
         self.flipped_to = torch.full_like(y, -1)
         self.rows, self.backwards = torch.zeros_like(y), torch.zeros_like(y)
         self.active = torch.ones_like(y, dtype=torch.bool)
-        self.fail(~z.isfinite().all(1))
+        self.fail(~finite(x, z))
 
     @property
     def found(self) -> Tensor:
@@ -338,7 +342,7 @@ class _Rows:
         middle = (self.lower[i] + self.upper[i]) / 2
         self.eps[i] = (2 * eps).clamp_max(self.options.eps_max).where(~self.found[i], middle)
         failed = torch.zeros_like(self.active)
-        failed[i] = ~z.isfinite().all(1)
+        failed[i] = ~finite(z)
         self.fail(failed | self.lower.isnan())
 
     def result(self) -> RadiusResult:
@@ -373,7 +377,7 @@ def rr_fast(model: Model, x: Tensor, options: Options) -> RadiusResult:
     crossing.scatter_(1, y[:, None], math.inf)
     radius, flipped_to = crossing.min(1)
     found = radius.isfinite()
-    failed = ~(z.isfinite() & z_h.isfinite()).all(1) | ~direction.isfinite().flatten(1).all(1)
+    failed = ~finite(x, z, z_h, direction)
     radius = radius.where(~failed, math.nan)
     return RadiusResult(
         radius=radius,

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -109,6 +110,26 @@ def test_a_row_that_is_not_finite_leaves_the_others_bit_identical(method, value)
         if function is robust_radius:
             others = torch.arange(20) != 7
             assert_identical(result[others], clean[others])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        robust_radius,
+        lambda model, x: temperature_sweep(model, x, [1.0])[0].radius,
+        reference.robust_radius,
+        partial(reference.robust_radius, attack="pgd_l2"),
+        partial(reference.robust_radius, method="fast"),
+        partial(reference.robust_radius, regrad=True),
+    ],
+)
+def test_a_row_that_is_not_finite_has_no_radius_where_its_logits_are(measure, value):
+    model, x = RowExact(), uniform(4, 12)
+    x[2, 3] = value
+    with pytest.warns(RuntimeWarning, match="1 of 4 rows"):
+        radius = measure(lambda x: model(x.nan_to_num(0.5, 1.0)), x)
+    assert radius.isnan().tolist() == [False, False, True, False]
 
 
 def test_logits_that_turn_nan_on_the_way_fail_their_row_only():
@@ -272,15 +293,17 @@ def test_bounds_and_eps_max_scale_the_search():
     assert 0 < near.found.sum() < expected.isfinite().sum()
 
 
-def test_a_constant_model_has_no_boundary():
+@pytest.mark.parametrize("options", [{"method": "bs"}, {"method": "fast"}, {"attack": "fgsm_l2"}])
+def test_a_constant_model_has_no_boundary(options):
     def constant(x: Tensor) -> Tensor:
         return x.sum(1, keepdim=True) * torch.tensor([0.0, 0.0]) + torch.tensor([1.0, 0.0])
 
-    for method in METHODS:
-        result = robust_radius(constant, torch.rand(3, 4), method=method, full=True)
-        assert (result.radius == math.inf).all()
-        assert not result.found.any()
-        assert (result.forward_rows == 0).all()
+    x = torch.rand(3, 4)
+    result = robust_radius(constant, x, full=True, **options)
+    assert (result.radius == math.inf).all()
+    assert not result.found.any()
+    assert (result.forward_rows == 0).all()
+    assert_identical(reference.robust_radius(constant, x, full=True, **options), result, False)
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "pgd", ["fgsm", "pgd"]])
