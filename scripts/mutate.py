@@ -49,7 +49,10 @@ TARGETS: dict[str, tuple[list[str], list[str]]] = {
         ["rat_ext/radius/robust_radius.py"],
         [*RADIUS, *(f"tests/attacks/test_{name}.py" for name in ("every_attack", "several"))],
     ),
-    "reference": (["rat_ext/reference.py"], [*RADIUS, "tests/attacks/test_pgd.py"]),
+    "reference": (
+        ["rat_ext/reference.py"],
+        [*RADIUS, "tests/attacks/test_pgd.py", "tests/training/test_loss.py"],
+    ),
     "attacks": (
         [f"rat_ext/attacks/{name}.py" for name in ("rays", "pgd", "borrowed")],
         ["tests/attacks"],
