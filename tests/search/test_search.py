@@ -155,15 +155,16 @@ def test_gaps_that_rise_are_passed_as_fast_as_constant_ones(bend):
     assert rising.forward_rows == constant.forward_rows
 
 
-@pytest.mark.parametrize("flip", [1e-36, 1e-20, 1.0, 1e20])
-def test_a_bracket_of_all_float32_is_bisected_by_ratio(flip):
-    """What the first probe leaves: no float32 is the ratio of its ends."""
-    model, x = OnRay(SHAPES["step"], slope=1e-36), rows([flip]).float()
+@pytest.mark.parametrize("shape", ["step", "feather"])
+@pytest.mark.parametrize("flip", [1e-36, 1e-30, 1.0])
+@pytest.mark.parametrize("first", [100, 1e36])
+def test_a_bracket_whose_ends_have_no_float32_ratio(first, flip, shape):
+    """It reaches from the first probe down to the least step, and is closed within its budget."""
+    model, x = OnRay(SHAPES[shape], slope=1 / first), rows([flip]).float()
     result = robust_radius(model, x, bounds=None, eps_max=math.inf, full=True)
     assert result.resolved.all()
     assert result.lower < x[0, 1] <= result.upper
-    octaves = 127 + 126
-    # The first probe, and kSlack beyond the halvings of the octaves down to that of the tolerance.
+    octaves = math.log2(1.15 * first) - math.log2(torch.finfo(torch.float32).tiny)
     halvings = math.log2(octaves / -math.log2(1 - 1e-2))
     assert result.forward_rows <= 1 + math.ceil(halvings) + 4
 
