@@ -74,7 +74,7 @@ def robust_radius(
     else:
         with _ready(model, x, chosen) as (x, finite):
             found = [_searched(model, x, chosen.only(each), finite) for each in chosen.attacks]
-        result = found[0] if len(found) == 1 else best(found)
+        result = best(found)
     warn_about(problems(result).tolist(), len(result), stacklevel=2)
     return result if full else result.radius
 

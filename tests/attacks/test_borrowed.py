@@ -34,6 +34,13 @@ def test_chunks_change_the_libraries_radii_by_rounding_only(attack):
     torch.testing.assert_close(parts[both], whole[both], rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("attack", LIBRARY)
+def test_libraries_take_the_number_of_steps(attack):
+    model, x = RowExact(), uniform(10, 12)
+    few, more = (robust_radius(model, x, attack=attack, steps=n, full=True) for n in (1, 3))
+    assert (few.backward_rows < more.backward_rows).all()
+
+
 def test_a_function_chooses_the_ray_that_is_searched():
     model, x = RowExact(), uniform(20, 12)
     expected = robust_radius(model, x, full=True)
