@@ -11,6 +11,7 @@ from .built_in import (
 )
 from .by_name import create, input_size, names
 from .checkpoint import classes_in, load_weights, name_in
+from .views import ViewAveraged, mirrored
 
 __all__ = [
     "CIFAR_MEAN",
@@ -22,11 +23,13 @@ __all__ = [
     "CifarResNet",
     "DigitsCNN",
     "Normalized",
+    "ViewAveraged",
     "WideResNet",
     "classes_in",
     "create",
     "input_size",
     "load_weights",
+    "mirrored",
     "name_in",
     "names",
 ]
