@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from .._common.loaders import labelled_batches
 from .._common.storage import fingerprint
 from .._common.user_model import Model
 from ..scores.base import Score
-from ..scores.registry import as_score
 from . import file
+from .choice import aurc_of_each, candidates, label
 from .fit_report import Decision, DetectorReport
 from .held_out import Split
 from .sorted_part import warn_of_a_part
@@ -67,7 +67,7 @@ class Detector:
         cls,
         model: Model,
         loader: Iterable[Any],
-        score: str | Score = "rr-bs",
+        score: str | Score | Sequence[str | Score] = "rr-bs",
         *,
         target_risk: float | None = None,
         coverage: float | None = None,
@@ -104,7 +104,9 @@ class Detector:
             loader: yields (x, target, ...) that the model was not trained on; the same in every
                 pass, unless the score needs no fit. A target of -1 is never predicted right.
             score: a score, which is copied, or the name of one: in `rat_ext.scores.names()`, or
-                "cascade" for a `Cascade` with its defaults.
+                "cascade" for a `Cascade` with its defaults. Of several the one with the smallest
+                AURC on the ``tune_share`` is taken; "auto" stands for msr, margin, energy and
+                rr-bs.
             target_risk: error rate of the accepted predictions, in (0, 1).
             coverage: share of the samples to accept at least, in (0, 1].
             tpr: share of the right predictions to accept at least, in (0, 1], as in FPR@95TPR.
@@ -128,9 +130,10 @@ class Detector:
         if not 0 < tune_share < 1:
             raise ValueError(f"tune_share is {tune_share}; it must be between 0 and 1")
         _require_libraries(calibrate)
-        score = as_score(score)
+        scores = candidates(score)
+        chosen, compared = scores[0], None
         held_out, tuned_on = loader, 0
-        if score.needs_fit:
+        if len(scores) > 1 or scores[0].needs_fit:
             split = Split(loader, tune_share, seed)
             held_out = split.rest
             ratio = (1 - tune_share) / tune_share
@@ -138,12 +141,18 @@ class Detector:
             def anticipated(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
                 return rule.anticipate(confidence, right, ratio)
 
-            score.fit_to_threshold(model, split.tune, anticipated, progress=progress)
+            for each in scores:
+                if each.needs_fit:
+                    each.fit_to_threshold(model, split.tune, anticipated, progress=progress)
+            if len(scores) > 1:
+                aurcs = aurc_of_each(model, scores, split.tune, progress)
+                chosen = scores[aurcs.index(min(aurcs))].copy()  # counts its rows anew
+                compared = list(zip(map(label, scores), aurcs, strict=True))
             tuned_on = split.tune.samples
-        audit = score.audit()
+        audit = chosen.audit()
         batches = []
         for x, target in labelled_batches(model, held_out, progress, "fit Detector"):
-            values, prediction = score.score_and_predict(model, x)
+            values, prediction = chosen.score_and_predict(model, x)
             batches.append((values.cpu(), prediction.cpu(), target.cpu()))
             if audit is not None:
                 audit.see(model, x)
@@ -167,10 +176,11 @@ class Detector:
             coverage_bound=1 - float(upper_bound(samples - threshold.accepted, samples, delta)),
             risk_bound=threshold.risk_bound,
             cascade=None if audit is None else audit.report(confidence, threshold.value),
+            compared=compared,
         )
         steps = _isotonic(confidence, right) if calibrate else None
         weights = fingerprint(model) if isinstance(model, nn.Module) else None
-        return cls(model, score, report, steps, model_fingerprint=weights)
+        return cls(model, chosen, report, steps, model_fingerprint=weights)
 
     def __call__(self, x: Tensor) -> Decision:
         """Predict, and decide which predictions to accept.

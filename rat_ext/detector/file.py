@@ -118,6 +118,8 @@ def _parsed(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> S
     report["threshold"] = float(report["threshold"])
     if report["cascade"] is not None:
         report["cascade"] = CascadeReport(**report["cascade"])
+    if report.get("compared") is not None:
+        report["compared"] = [(name, aurc) for name, aurc in report["compared"]]
     steps = None
     if "probability.starts" in tensors:
         steps = tensors["probability.starts"], tensors["probability.values"]

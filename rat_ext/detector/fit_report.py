@@ -60,6 +60,8 @@ class DetectorReport:
     risk_bound: float
     """The risk on new data is at most this."""
     cascade: CascadeReport | None = None
+    compared: list[tuple[str, float]] | None = None
+    """If there were several scores: the AURC of each on the samples that they were tuned on."""
 
     @property
     def coverage(self) -> float:
@@ -86,6 +88,9 @@ class DetectorReport:
             f"risk {self.risk:.4f} (at most {self.risk_bound:.4f} {sure})",
             f"{self.tpr:.4f} of the right predictions accepted",
         ]
+        if self.compared is not None:
+            each = ", ".join(f"{name} {1000 * aurc:.2f}" for name, aurc in self.compared)
+            lines.append(f"smallest AURC of (x1000): {each}")
         if (c := self.cascade) is not None:
             lines.append(
                 f"cascade: {c.forward_rows:.2f} rows forward and {c.backward_rows:.2f} backward a "
