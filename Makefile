@@ -1,6 +1,6 @@
 # make demo     the main job on real data: a table, and an HTML report in demo-report/
 # make test     the test suite, against the installed package, and which lines of it never ran
-# make lint     style and types of the sources, and which file imports which
+# make lint     style and types of the sources, which file imports which, and the workflows of .github
 # make sanitize the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make docs     the documentation as a site, in build/site; warnings are errors
 # make bench    the benchmarks
@@ -31,6 +31,7 @@ lint: $(VENV)/installed-dev
 	$(bin)/mypy
 	$(bin)/lint-imports
 	$(bin)/clang-format --dry-run -Werror $(cxx_sources)
+	$(bin)/zizmor --offline --quiet .github
 
 format: $(VENV)/installed-dev
 	$(bin)/ruff check --fix

@@ -1,7 +1,8 @@
-"""Builds the compiled core, rat_ext._C, with CMake and Ninja. The metadata is in pyproject.toml.
+"""Builds the compiled core, rat_ext._C, with CMake. The metadata is in pyproject.toml.
 
 Environment variables:
 
+CXX                 the C++ compiler, which is otherwise CMake's choice
 RAT_EXT_CUDA        0: without CUDA; 1: with CUDA, or fail; unset: with CUDA if there is an nvcc
                     that works
 RAT_EXT_CUDA_ARCHS  CUDA architectures, such as "80-real;90-real;90-virtual"
@@ -12,6 +13,7 @@ RAT_EXT_SANITIZE    1: address and undefined-behaviour sanitizers (see scripts/s
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -61,6 +63,19 @@ def cuda_options(env: Mapping[str, str]) -> list[str]:
     ]
 
 
+def require_compiler(env: Mapping[str, str]) -> None:
+    """Raises SetupError if CMake would find no C++ compiler: its own log hides that well."""
+    if sys.platform == "win32":
+        return  # its compiler is not on PATH; CMake asks the installer of Visual Studio
+    names = shlex.split(env.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+    if not any(shutil.which(name, path=env.get("PATH", os.defpath)) for name in names):
+        raise SetupError(
+            f"No C++ compiler was found (looked for {', '.join(names)}). Install one (`apt install "
+            "g++` on Debian and Ubuntu, `dnf install gcc-c++` on Fedora, `xcode-select --install` "
+            "on macOS), or name yours in CXX."
+        )
+
+
 def find_tool(name: str) -> str:
     """A build tool on PATH or beside this Python, whose environment need not be activated."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
@@ -94,10 +109,12 @@ class BuildCore(build_ext):
                 f"The headers of {sys.executable} are missing: install them (python3-dev on Debian "
                 "and Ubuntu, python3-devel on Fedora)."
             )
+        require_compiler(os.environ)
         sanitize = flag(os.environ, "RAT_EXT_SANITIZE")
         werror = flag(os.environ, "RAT_EXT_WERROR")
+        build_type = "Debug" if sanitize else "Release"
         options = [
-            f"-DCMAKE_BUILD_TYPE={'Debug' if sanitize else 'Release'}",
+            f"-DCMAKE_BUILD_TYPE={build_type}",
             f"-DRAT_EXT_SANITIZE={'ON' if sanitize else 'OFF'}",
             f"-DRAT_EXT_WERROR={'ON' if werror else 'OFF'}",
             *cuda_options(os.environ),
@@ -111,13 +128,16 @@ class BuildCore(build_ext):
         key = zlib.crc32(repr((options, compilers)).encode())
         directory = Path(self.build_temp, f"{key:08x}").resolve()
         cmake = find_tool("cmake")
+        # On Windows CMake's own choice, Visual Studio: Ninja takes a compiler from PATH only.
+        generator = []
+        if sys.platform != "win32":
+            generator = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"]
         self.spawn(
             [
                 cmake,
                 f"-S{ROOT}",
                 f"-B{directory}",
-                "-GNinja",
-                f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+                *generator,
                 "-DPYBIND11_FINDPYTHON=ON",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -125,10 +145,10 @@ class BuildCore(build_ext):
                 *options,
             ]
         )
-        self.spawn([cmake, "--build", str(directory)])
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(directory / target.name, target)
+        self.spawn([cmake, "--build", str(directory), "--config", build_type])
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        place = ["--prefix", str(target.parent), "--config", build_type]
+        self.spawn([cmake, "--install", str(directory), *place])
 
 
 if __name__ == "__main__":

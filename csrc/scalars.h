@@ -36,19 +36,19 @@ using wide_t = typename Wide<S>::type;
 
 // The distance from 1 to the next number of the type.
 template <typename S>
-constexpr double kSpacing = 0x1p-23;
+inline constexpr double kSpacing = 0x1p-23;
 template <>
-constexpr double kSpacing<double> = 0x1p-52;
+inline constexpr double kSpacing<double> = 0x1p-52;
 template <>
-constexpr double kSpacing<Half> = 0x1p-10;
+inline constexpr double kSpacing<Half> = 0x1p-10;
 template <>
-constexpr double kSpacing<BFloat16> = 0x1p-7;
+inline constexpr double kSpacing<BFloat16> = 0x1p-7;
 
 // The least step that a search looks at: smaller numbers have fewer digits.
 template <typename T>
-constexpr double kTiny = 0x1p-126;
+inline constexpr double kTiny = 0x1p-126;
 template <>
-constexpr double kTiny<double> = 0x1p-1022;
+inline constexpr double kTiny<double> = 0x1p-1022;
 
 namespace detail {
 RAT_HD uint32_t float_bits(float value) {

@@ -169,6 +169,78 @@ def test_missing_core_is_explained(tmp_path: Path, files: list[str], expected: s
     assert "The cause was: No module named 'rat_ext._C'" in message
 
 
+# --- What a build without its tools says ----------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Visual Studio is not looked for on PATH")
+@pytest.mark.parametrize(
+    ("tools", "missing"),
+    [
+        ((), "No C++ compiler was found (looked for c++, g++, clang++). Install one (`apt install"),
+        (("c++",), "cmake was not found. Install without --no-build-isolation, or first `pip"),
+        (("c++", "cmake"), "ninja was not found. Install without --no-build-isolation, or first"),
+    ],
+    ids=["compiler", "cmake", "ninja"],
+)
+def test_missing_build_tool_is_one_line(
+    tmp_path: Path, tools: tuple[str, ...], missing: str
+) -> None:
+    for name in tools:
+        (tmp_path / name).touch(mode=0o755)
+    # The folder of this Python, whose environment may have the tools, holds none either.
+    code = (
+        "import runpy, sys, sysconfig; get_path = sysconfig.get_path; scripts = sys.argv.pop(1); "
+        "sysconfig.get_path = lambda name: scripts if name == 'scripts' else get_path(name); "
+        "sys.argv[0] = 'setup.py'; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    build = ["build_ext", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, *build],
+        cwd=ROOT,
+        env={"PATH": str(tmp_path), "RAT_EXT_CUDA": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {missing}")
+    assert "CMake Error" not in done.stdout + done.stderr
+
+
+def test_compiler_named_in_cxx_must_be_there(setup_script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "my-c++").touch(mode=0o755)
+    setup_script.require_compiler({"PATH": str(tmp_path), "CXX": "my-c++ -m64"})
+    with pytest.raises(SetupError, match=r"looked for other-c\+\+"):
+        setup_script.require_compiler({"PATH": str(tmp_path), "CXX": "other-c++"})
+
+
+# --- What is published ----------------------------------------------------------------------------
+
+
+def test_published_versions_are_tested() -> None:
+    """The oldest and newest Python, and the oldest torch, of the metadata are those of CI."""
+    metadata = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    ci = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    pythons = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', metadata)
+    built = re.search(r'^build = "(cp3.*)"$', metadata, re.MULTILINE)[1]
+    assert built.split() == [f"cp{python.replace('.', '')}-*" for python in pythons]
+    assert f'requires-python = ">={pythons[0]}"' in metadata
+    oldest_torch = re.search(r'"torch>=([\d.]+)"', metadata)[1]
+    assert f'{{python: "{pythons[0]}", torch: "torch=={oldest_torch}.*"}}' in ci
+    assert f'{{python: "{pythons[-1]}", torch: "torch"}}' in ci
+
+
+def test_wheels_are_tried_by_a_search(tmp_path: Path) -> None:
+    code = f"import runpy; runpy.run_path({str(ROOT / 'scripts/try_install.py')!r})['main']"
+    cuda = _build_info.build_info().cuda is not None
+    result = run_python(f"{code}({['--cuda'] if cuda else []})", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "finds the radii" in result.stdout
+    result = run_python(f"{code}({[] if cuda else ['--cuda']})", tmp_path)
+    assert result.returncode == 1
+    assert "CUDA in the core: " in result.stderr
+
+
 # --- What was built -------------------------------------------------------------------------------
 
 
