@@ -7,6 +7,7 @@ ONNX Runtime can run it.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -21,6 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ._common.user_model import check_device, logits_of, undisturbed
 from .search.options import WIDE, Options
 from .search.tensors import checked_input
+
+# torch.onnx of torch 2.4 takes modules only, with their example arguments.
+ONNX_EXPORTS_PROGRAMS = (
+    inspect.signature(torch.onnx.export).parameters["args"].default is not inspect.Parameter.empty
+)
 
 
 def export_radius(
@@ -69,13 +75,18 @@ def export_onnx(
         path: of the file.
 
     Raises:
-        ImportError: onnx or onnxscript is not installed.
+        ImportError: onnx or onnxscript is not installed, or torch is older than 2.5.
         ValueError: as `export_radius`.
     """
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError("ONNX models need: pip install 'rat-ext[onnx]'") from error
+    if not ONNX_EXPORTS_PROGRAMS:
+        raise ImportError(
+            f"ONNX models need torch 2.5 or newer, and this is {torch.__version__}. export_radius "
+            "works with it."
+        )
     aten = torch.ops.aten
     table = torch._decomp.core_aten_decompositions()
     table[aten.convolution_backward.default] = _convolution_backward

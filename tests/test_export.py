@@ -12,7 +12,7 @@ import torch
 from helpers import WithLogits, cnn, mlp, uniform
 from torch import Tensor, nn
 
-from rat_ext import models, robust_radius
+from rat_ext import export, models, robust_radius
 from rat_ext.export import export_onnx, export_radius
 
 
@@ -114,6 +114,7 @@ def test_errors(example: Tensor, options: dict, error: type, message: str) -> No
         export_radius(lambda x: x, uniform(2, 12))
 
 
+@pytest.mark.skipif(not export.ONNX_EXPORTS_PROGRAMS, reason="torch.onnx of this torch is older")
 def test_onnx_runtime_gets_the_same(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -138,6 +139,15 @@ def test_onnx_runtime_gets_the_same(tmp_path: Path) -> None:
         assert prediction.tolist() == known[0].tolist()
         # A gap's fall over the step h is a difference of float32 logits.
         torch.testing.assert_close(torch.from_numpy(radius), known[1], rtol=1e-3, atol=0)
+
+
+def test_onnx_needs_a_torch_that_exports_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(export, "ONNX_EXPORTS_PROGRAMS", False)
+    with pytest.raises(ImportError, match=r"need torch 2\.5 or newer, and this is "):
+        export_onnx(mlp(), uniform(2, 12), tmp_path / "radius.onnx")
 
 
 def test_onnx_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

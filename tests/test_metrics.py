@@ -393,4 +393,6 @@ def test_the_classes_are_synchronised_across_processes(tmp_path):
     torch.multiprocessing.spawn(_process, (2, str(tmp_path)), nprocs=2)
     expected = metrics.aurc(confidence, correct)
     for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt").item() == pytest.approx(expected, rel=1e-6)
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True).item() == pytest.approx(
+            expected, rel=1e-6
+        )

@@ -96,6 +96,10 @@ def test_a_model_that_draws_random_numbers_is_not_captured(use_graphs):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node"),
+    reason="this torch has no conditional nodes, whose calls are compared",
+)
 def test_the_calls_that_record_cuda_graphs(monkeypatch):
     """Order and signatures of the calls to torch.cuda; the device is stood in for by mocks."""
     calls = mock.Mock()
