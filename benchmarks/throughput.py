@@ -337,7 +337,7 @@ def plan(
     for name in names:
         package = CONTENDERS[name].needs
         if package and not importlib.util.find_spec(package):
-            skipped[name] = f"{package} is not installed (pip install 'rat-ext[bench]')"
+            skipped[name] = f"{package} is not installed (pip install '.[bench]')"
     taken = [name for name in names if name not in skipped]
     while taken:
         needed = seconds_forward * (fixed + sum(CONTENDERS[name].forwards for name in taken))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ._common.extras import install
 from ._common.user_model import check_device, logits_of, undisturbed
 from .search.options import WIDE, Options
 from .search.tensors import checked_input
@@ -81,7 +82,7 @@ def export_onnx(
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError("ONNX models need: pip install 'rat-ext[onnx]'") from error
+        raise ImportError(f"ONNX models need onnx and onnxscript: {install('onnx')}") from error
     if not ONNX_EXPORTS_PROGRAMS:
         raise ImportError(
             f"ONNX models need torch 2.5 or newer, and this is {torch.__version__}. export_radius "

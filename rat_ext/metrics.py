@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from ._common.extras import install
+
 __all__ = [
     "Estimate",
     "RiskCoverage",
@@ -370,7 +372,5 @@ def _sklearn_metrics() -> Any:
     try:
         from sklearn import metrics
     except ImportError as error:
-        raise ImportError(
-            "AUROC, AUPR and FPR need scikit-learn: pip install 'rat-ext[metrics]'"
-        ) from error
+        raise ImportError(f"AUROC, AUPR and FPR need scikit-learn: {install('metrics')}") from error
     return metrics

@@ -2,7 +2,7 @@
 
 They accumulate over batches and are synchronised across processes, so that ``compute()`` is the
 metric of all samples of all processes, not a mean of metrics. Needs torchmetrics (pip install
-'rat-ext[metrics]'), which nothing else in the package imports. Keyword arguments that are not named
+torchmetrics), which nothing else in the package imports. Keyword arguments that are not named
 here are those of `torchmetrics.Metric`.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._common.extras import install
+
 try:
     from torchmetrics import Metric
     from torchmetrics.utilities import dim_zero_cat
 except ImportError as error:
-    raise ImportError(
-        "rat_ext.torchmetrics needs torchmetrics: pip install 'rat-ext[metrics]'"
-    ) from error
+    raise ImportError(f"rat_ext.torchmetrics needs torchmetrics: {install('metrics')}") from error
 
 from . import metrics
 

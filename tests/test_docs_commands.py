@@ -286,3 +286,15 @@ def test_what_is_not_run_exists(page: Path) -> None:
                 CHECKS[words[0]](words[1:])
             except (AssertionError, KeyError, OSError) as error:
                 pytest.fail(f"{where}: {shlex.join(words)}\n{error!r}")
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    assert known_extras() >= {"serve", "demo", "bench"}
+    files = [*PAGES, *(ROOT / "rat_ext").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        named = extras_in(text) | set(re.findall(r"\binstall\('(\w+)'\)", text))
+        assert named <= known_extras(), path
+        assert "rat-ext[" not in text, f"{path} names an extra of a package that is not on PyPI"
+    listed = (ROOT / "README.md").read_text().partition("\nExtras: ")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`\[(\w+)\]`", listed)) == known_extras()

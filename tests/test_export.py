@@ -152,5 +152,5 @@ def test_onnx_needs_a_torch_that_exports_programs(
 
 def test_onnx_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r"pip install 'rat-ext\[onnx\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[onnx\]'"):
         export_onnx(mlp(), uniform(2, 12), tmp_path / "radius.onnx")

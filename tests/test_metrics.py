@@ -319,7 +319,7 @@ def test_bad_options(metric, options, message):
 def test_a_missing_scikit_learn_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert metrics.aurc([1, 2], [0, 1]) == pytest.approx(0.25)
-    with pytest.raises(ImportError, match=r"pip install 'rat-ext\[metrics\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[metrics\]'"):
         metrics.auroc([1, 2], [0, 1])
 
 

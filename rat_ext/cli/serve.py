@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import models
+from .._common.extras import install
 from ..detector import Detector
 from ..search.options import Options
 from ..serve import Settings
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
         from ..serve.decoding import Decoder
         from ..serve.gate import Gate
     except ModuleNotFoundError as error:
-        raise ImportError(f"serving needs {error.name}: pip install 'rat-ext[serve]'") from error
+        raise ImportError(f"serving needs {error.name}: {install('serve')}") from error
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     name = model_name(options)
     shape = _input_size(options.input_size) if options.input_size else models.input_size(name)

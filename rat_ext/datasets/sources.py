@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
+from .._common.extras import install
 from .by_name import Request, known_as
 from .images import Images, Labelled
 
@@ -38,7 +39,7 @@ def digits(train_size: int = 500, seed: int = 0, *, test_size: int = 1000) -> Sp
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install 'rat-ext[demo]'") from error
+        raise ImportError(f"the digits need scikit-learn: {install('demo')}") from error
     data = load_digits()
     total = len(data.target)
     if train_size < 1 or test_size < 1 or train_size + test_size >= total:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._common.extras import install
 from .._common.loaders import labelled_batches
 from .._common.storage import fingerprint
 from .._common.user_model import Model
@@ -267,5 +268,5 @@ def _require_libraries(calibrate: bool) -> None:
             import sklearn.isotonic  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"fitting a detector needs scipy and scikit-learn: {file.INSTALL}"
+            f"fitting a detector needs scipy and scikit-learn: {install('detector')}"
         ) from error

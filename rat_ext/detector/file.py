@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .._common.extras import install
 from .._common.storage import fingerprint, write_whole
 from .._common.user_model import Model
 from ..scores.base import Score, comes_with
@@ -20,7 +21,6 @@ from ..scores.registry import kind_of, name_of
 from .fit_report import DetectorReport
 
 KEY, VERSION = "rat_ext.detector", 2  # of the metadata
-INSTALL = "pip install 'rat-ext[detector]'"
 
 
 class Saved(NamedTuple):
@@ -39,7 +39,9 @@ def require_safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(f"saving and loading a detector needs safetensors: {INSTALL}") from error
+        raise ImportError(
+            f"saving and loading a detector needs safetensors: {install('detector')}"
+        ) from error
     return safetensors
 
 

@@ -124,7 +124,7 @@ def resolve(attack: Any, norm: Norm | None) -> tuple[Attack, ...]:
     for each in attacks:
         if each.library and importlib.util.find_spec(each.library) is None:
             raise ImportError(
-                f"attack {each.name!r} needs {each.library}: pip install 'rat-ext[attacks]'"
+                f"attack {each.name!r} needs {each.library}: pip install {each.library}"
             )
     return attacks
 

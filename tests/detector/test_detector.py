@@ -195,7 +195,7 @@ def test_missing_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     monkeypatch.setitem(sys.modules, "scipy.special", None)
     for action in (lambda: detector.save(tmp_path / "file"), lambda: fit("msr")):
-        with pytest.raises(ImportError, match=r"pip install 'rat-ext\[detector\]'"):
+        with pytest.raises(ImportError, match=r"pip install '\.\[detector\]'"):
             action()
 
 
