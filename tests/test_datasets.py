@@ -160,6 +160,60 @@ def test_archives_by_name(tmp_path: Path) -> None:
     assert len(datasets.load(f"npz:{tmp_path}/images-{{split}}.npz", "test")) == 3
 
 
+def test_one_archive_is_split_into_disjoint_parts(tmp_path: Path) -> None:
+    path = tmp_path / "images.npz"
+    x = np.arange(100, dtype=np.uint8)[:, None, None].repeat(4, 1)
+    np.savez(path, x=x, y=np.arange(100) % 5)
+    train, test, again = (datasets.load(f"npz:{path}", s) for s in ("train", "test", "test"))
+    numbers = [part.pixels[:, 0, 0, 0].tolist() for part in (train, test, again)]
+    assert numbers[1] == numbers[2]
+    assert sorted(numbers[0] + numbers[1]) == list(range(100))
+    assert test.targets.bincount().tolist() == [4] * 5
+    path.rename(tmp_path / "test.npz")
+    assert len(datasets.load(f"npz:{tmp_path}/{{split}}.npz", "test")) == 100
+
+
+@pytest.mark.parametrize("names", [("x", "y"), ("images", "labels"), ("data", "targets")])
+@pytest.mark.parametrize("layout", ["grey", "last", "first"])
+@pytest.mark.parametrize("kind", ["uint8", "float32", "float64"])
+def test_archives_of_arrays(tmp_path: Path, names: tuple, layout: str, kind: str) -> None:
+    whole = np.random.default_rng(0).integers(0, 256, (6, 1 if layout == "grey" else 3, 5, 7))
+    images = whole.astype(np.uint8) if kind == "uint8" else (whole / 255).astype(kind)
+    stored = {"grey": images[:, 0], "last": images.transpose(0, 2, 3, 1), "first": images}[layout]
+    path = tmp_path / "images.npz"
+    np.savez(path, **dict(zip(names, (stored, [0, 1, 2, 0, 1, 2]), strict=True)))
+    data = datasets.array_archive(path)
+    x, target = data[:]
+    torch.testing.assert_close(x, torch.from_numpy(whole).float() / 255)
+    assert target.tolist() == [0, 1, 2, 0, 1, 2]
+    assert data.classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"z": [1]}, "has the arrays z; expected x and y"),
+        ({"x": np.zeros((2, 4, 4)), "y": [0]}, "expected one class index for each image"),
+        ({"x": np.zeros((2, 4, 4)), "y": [0, -1]}, "from -1 to 0; expected indices of 1 classes"),
+        ({"x": np.full((2, 4, 4), 255.0), "y": [0, 1]}, "float64 from 255.0 to 255.0; expected"),
+        ({"x": np.full((2, 4, 4), 2), "y": [0, 1]}, "int64 from 2 to 2; expected uint8"),
+        ({"x": np.full((2, 4, 4), np.nan), "y": [0, 1]}, "from nan to nan; expected"),
+        ({"x": np.zeros((2, 3, 4, 3)), "y": [0, 1]}, "channels on just one of these axes"),
+        ({"x": np.zeros((2, 5, 4, 5)), "y": [0, 1]}, "channels on just one of these axes"),
+    ],
+)
+def test_errors_of_array_archive(tmp_path: Path, arrays: dict, message: str) -> None:
+    path = tmp_path / "images.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=message):
+        datasets.load(f"npz:{path}", "test")
+    path.write_text("no archive")
+    with pytest.raises(ValueError, match=r"is not an \.npz archive of arrays"):
+        datasets.load(f"npz:{path}", "test")
+    with pytest.raises(FileNotFoundError, match="there is no image archive"):
+        datasets.load(f"npz:{path}.npz", "test")
+
+
 def test_torchvision_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torchvision_datasets = pytest.importorskip("torchvision.datasets")
 

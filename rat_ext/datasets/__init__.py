@@ -6,7 +6,7 @@ with `by_name`, where `load` finds it.
 
 from .by_name import forms, load
 from .images import Images, Labelled, batches, first, shuffled, subset, with_outliers
-from .sources import Splits, digits, jpeg_archive
+from .sources import Splits, array_archive, digits, jpeg_archive
 
 NAMES = forms()
 """The forms of the names that `load` knows."""
@@ -16,6 +16,7 @@ __all__ = [
     "Images",
     "Labelled",
     "Splits",
+    "array_archive",
     "batches",
     "digits",
     "first",

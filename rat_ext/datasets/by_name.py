@@ -54,13 +54,15 @@ def load(
         cifar10-c:fog:3, cifar100-c:..  ``root``/CIFAR-10-C/fog.npy and labels.npy, severity 1 to 5
         imagenet-c:fog:3                ``root``/ImageNet-C/fog/3, a folder for each class
         folder:PATH                     PATH/train, PATH/test or PATH/val, a folder for each class
-        npz:PATH                        `jpeg_archive`; "{split}" in PATH is replaced
+        npz:PATH                        one file: `array_archive` or `jpeg_archive`. "{split}" in
+                                        PATH becomes "train" or "test". Without it, a fifth of the
+                                        images, with its share of each class, is for testing
 
     Args:
         name: one of the above.
         split: "train" or "test".
         root: the folder of data sets.
-        seed: of the split of the digits.
+        seed: of the split of the digits, and of an archive.
         download: let torchvision download cifar10, cifar100 and svhn.
 
     Raises:

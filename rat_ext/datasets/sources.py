@@ -13,7 +13,7 @@ import torch
 
 from .._common.extras import install
 from .by_name import Request, known_as
-from .images import Images, Labelled
+from .images import Images, Labelled, shuffled
 
 
 class Splits(NamedTuple):
@@ -134,10 +134,11 @@ def _own_folder(request: Request) -> Labelled:
 
 
 def jpeg_archive(path: str | Path, limit: int | None = None) -> Images:
-    """Images kept as JPEG files in one .npz archive.
+    """Images kept as JPEG files in one .npz archive, in its order.
 
-    It has the arrays ``bytes`` (uint8), ``offsets`` (N + 1), ``labels`` (N) and ``classes``: image
-    i is the file ``bytes[offsets[i]:offsets[i + 1]]``. All have the same size.
+    It has the arrays ``bytes`` (uint8), ``offsets`` (N + 1), ``labels`` (N, class indices) and
+    ``classes`` (their names): image i is the file ``bytes[offsets[i]:offsets[i + 1]]``. All images
+    have the same size, and are read as RGB.
 
     Args:
         path: of the archive.
@@ -174,10 +175,96 @@ def jpeg_archive(path: str | Path, limit: int | None = None) -> Images:
     return Images(pixels, targets, tuple(map(str, classes)))
 
 
+def array_archive(path: str | Path) -> Images:
+    """Images kept as plain arrays in one .npz archive, in its order.
+
+    It has the images as ``x``, ``images`` or ``data``, their class indices (N,) as ``y``,
+    ``labels`` or ``targets``, and, if it likes, the names of the classes as ``classes``. Images are
+    uint8 from 0 to 255 or floating-point numbers from 0 to 1, of shape (N, H, W), (N, H, W, C) or
+    (N, C, H, W). The axis of the channels is the one of size 1, 3 or 4.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such an archive; says what is wrong.
+    """
+    path = Path(path)
+    arrays = _arrays(path)
+    images, labels = (
+        next((arrays[name] for name in names if name in arrays), None)
+        for names in (("x", "images", "data"), ("y", "labels", "targets"))
+    )
+    if images is None or labels is None:
+        raise ValueError(
+            f"{path} has the arrays {', '.join(arrays) or 'none'}; expected x and y (images and "
+            "labels), or JPEG files in bytes, offsets, labels and classes"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
+        raise ValueError(
+            f"the labels in {path} are {labels.dtype} of shape {labels.shape}, the images of shape "
+            f"{images.shape}; expected one class index for each image"
+        )
+    names = arrays.get("classes", np.arange(int(labels.max()) + 1))
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise ValueError(
+            f"the labels in {path} are from {labels.min()} to {labels.max()}; expected indices of "
+            f"{len(names)} classes, counted from 0"
+        )
+    pixels = torch.from_numpy(_channels_first(path, images))
+    if images.dtype != np.uint8:
+        pixels = pixels.float()
+        if not (images.dtype.kind == "f" and ((pixels >= 0) & (pixels <= 1)).all()):
+            raise ValueError(
+                f"the images in {path} are {images.dtype} from {images.min()} to {images.max()}; "
+                "expected uint8 from 0 to 255, or floating-point numbers from 0 to 1"
+            )
+    return Images(pixels, torch.from_numpy(labels.astype(np.int64)), tuple(map(str, names)))
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image archive {path}")
+    try:
+        archive = np.load(path, allow_pickle=False)
+        return {name: archive[name] for name in archive.files}
+    except (AttributeError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is not an .npz archive of arrays: {error}") from error
+
+
+def _channels_first(path: Path, images: Any) -> Any:
+    """The images as (N, C, H, W)."""
+    if images.ndim == 3:
+        return images[:, None]
+    axes = [axis for axis in (1, 3) if images.ndim == 4 and images.shape[axis] in (1, 3, 4)]
+    if len(axes) != 1:
+        raise ValueError(
+            f"the images in {path} have shape {images.shape}; expected (N, H, W), (N, H, W, C) or "
+            "(N, C, H, W) with 1, 3 or 4 channels on just one of these axes"
+        )
+    return np.ascontiguousarray(np.moveaxis(images, axes[0], 1))
+
+
+HELD_OUT_SHARE = 0.2
+"""The share of an archive without "{split}" in its name that is its test images."""
+
+
 @known_as("npz:PATH")
 def _own_archive(request: Request) -> Images:
-    split = "train" if request.train else "test"
-    return jpeg_archive(request.detail.replace("{split}", split))
+    path = Path(request.detail.replace("{split}", "train" if request.train else "test"))
+    images = jpeg_archive(path) if "bytes" in _names(path) else array_archive(path)
+    if "{split}" in request.detail:
+        return images
+    order = shuffled(images, request.seed)
+    held_out = max(1, round(HELD_OUT_SHARE * len(images)))
+    return images.subset((order[held_out:] if request.train else order[:held_out]).sort().values)
+
+
+def _names(path: Path) -> list[str]:
+    """The names of the arrays of an archive; none for what is no archive."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return list(archive.files)
+    except (AttributeError, TypeError, ValueError, OSError):
+        return []
 
 
 def _corruption(request: Request) -> tuple[str, int]:
