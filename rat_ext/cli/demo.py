@@ -20,10 +20,14 @@ def add(commands: Commands) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write to")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="one pair of networks each"
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 3, 4],
+        help="random seeds; each trains one pair of networks",
     )
-    parser.add_argument("--train-size", type=int, default=500, help="images to train on")
-    parser.add_argument("--epochs", type=int, default=40, help="of training")
+    parser.add_argument("--train-size", type=int, default=500, help="number of images to train on")
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of training")
     parser.add_argument("--eps", type=float, default=0.1, help="size of the RAT perturbation")
     parser.add_argument("--lam", type=float, default=1.0, help="weight of the RAT loss's term")
 

@@ -44,15 +44,30 @@ def add(commands: Commands) -> None:
     add_classifier(fit)
     _add_detector_data(fit)
     fit.add_argument("--score", default="rr-bs", help="name of the confidence score")
-    fit.add_argument("--cascade", metavar="CHEAP", help="use this score where it will do")
+    fit.add_argument(
+        "--cascade", metavar="CHEAP", help="cheap score to use wherever it settles the decision"
+    )
     criterion = fit.add_mutually_exclusive_group(required=True)
-    criterion.add_argument("--target-risk", type=float, help="error rate of what is accepted")
+    criterion.add_argument(
+        "--target-risk", type=float, help="highest error rate among the accepted predictions"
+    )
     criterion.add_argument("--coverage", type=float, help="share of the images to accept")
     criterion.add_argument("--tpr", type=float, help="share of right predictions to accept")
-    fit.add_argument("--delta", type=float, default=0.001, help="chance that a bound fails")
-    fit.add_argument("--tune-share", type=float, default=0.2, help="of the images, for the score")
-    fit.add_argument("--calibrate", action="store_true", help="give probabilities, too")
-    fit.add_argument("--seed", type=int, default=0, help="of the split for the score")
+    fit.add_argument(
+        "--delta", type=float, default=0.001, help="probability with which the bound may fail"
+    )
+    fit.add_argument(
+        "--tune-share",
+        type=float,
+        default=0.2,
+        help="share of the images on which the score itself is fitted",
+    )
+    fit.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="also give the probability that a prediction is right",
+    )
+    fit.add_argument("--seed", type=int, default=0, help="seed of the choice of those images")
 
     apply = actions.add_parser(
         "apply",
@@ -75,9 +90,9 @@ def _add_detector_data(parser: argparse.ArgumentParser) -> None:
         "--skip",
         type=int,
         default=0,
-        help="leave out so many images: those that the same --limit without --skip takes",
+        help="leave out this many images: those that the same --limit without --skip takes",
     )
-    parser.add_argument("--batch-size", type=int, default=250, help="of images")
+    parser.add_argument("--batch-size", type=int, default=250, help="images in a batch")
 
 
 def _fit_detector(options: argparse.Namespace) -> None:

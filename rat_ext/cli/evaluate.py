@@ -33,23 +33,32 @@ def add(commands: Commands) -> None:
     add_data(parser)
     parser.add_argument("--ood", help="a data set whose images are mixed in and count as errors")
     parser.add_argument(
-        "--scores", nargs="+", default=[], metavar="SCORE", help="names (default: all)"
+        "--scores",
+        nargs="+",
+        default=[],
+        metavar="SCORE",
+        help="names of the scores to compare (default: all)",
     )
-    parser.add_argument("--splits", type=int, default=default.splits, help="random splits")
+    parser.add_argument(
+        "--splits", type=int, default=default.splits, help="number of random splits"
+    )
     parser.add_argument(
         "--validation-share",
         type=float,
         default=default.validation_share,
-        help="of the images, to choose temperatures and perturbations on",
+        help="share of the images on which temperatures and perturbations are chosen",
     )
     parser.add_argument(
         "--tune",
         choices=["all", "temperature", "none"],
         default=default.tune,
-        help="what is chosen: temperature and input perturbation, or less",
+        help="what to choose for each score: temperature and input perturbation, the temperature "
+        "alone, or nothing",
     )
-    parser.add_argument("--seed", type=int, default=default.seed, help="of the splits")
-    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="of images")
+    parser.add_argument("--seed", type=int, default=default.seed, help="seed of the random splits")
+    parser.add_argument(
+        "--batch-size", type=int, default=default.batch_size, help="images in a batch"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on with an evaluation that was interrupted"
     )

@@ -25,7 +25,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """Shows defaults, and leaves the lines of a description as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False):
+        # Not given, a flag, or an empty list; but 0 is a default like any other.
+        if action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)
 
@@ -81,21 +82,23 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit",
         type=int,
-        help="use only so many of the images: a random sample, with its share of each class",
+        help="use this many images: a random sample, with its share of each class (default: all)",
     )
     parser.add_argument(
         "--sample-seed",
         type=int,
         default=0,
-        help="of the random order of the images that --limit takes the first of",
+        help="seed of the random order from which --limit takes the first images",
     )
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that load data beside the main one"
+    )
     add_device(parser)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: one for each core)")
+    parser.add_argument("--threads", type=int, help="threads on the CPU (default: as torch is set)")
 
 
 def add_model(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -107,7 +110,9 @@ def add_model(parser: argparse.ArgumentParser, required: bool) -> None:
         f"MODULE:FUNCTION, a function from the number of classes to the model{where}",
     )
     parser.add_argument(
-        "--pretrained", action="store_true", help="weights of torchvision or timm to begin with"
+        "--pretrained",
+        action="store_true",
+        help="use the pretrained weights of torchvision or timm",
     )
 
 

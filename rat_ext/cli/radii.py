@@ -36,12 +36,16 @@ def add(commands: Commands) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     add_classifier(parser)
     add_data(parser)
-    parser.add_argument("--split", choices=["test", "train"], default="test", help="of the data")
-    parser.add_argument("--batch-size", type=int, default=250, help="of images")
+    parser.add_argument(
+        "--split", choices=["test", "train"], default="test", help="which part of the data set"
+    )
+    parser.add_argument("--batch-size", type=int, default=250, help="images in a batch")
     parser.add_argument(
         "--batches-per-shard", type=int, default=16, help="batches whose results share a file"
     )
-    parser.add_argument("--format", choices=["npz", "parquet"], default="npz", help="of the files")
+    parser.add_argument(
+        "--format", choices=["npz", "parquet"], default="npz", help="format of the files"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on with a run that was interrupted"
     )

@@ -37,9 +37,9 @@ _SERVE_HELP = {
     "timeout": "seconds from a complete request to its answer (504)",
     "body_timeout": "seconds in which a client must have sent its request (408), and read its "
     "answer",
-    "max_body": "bytes of a request (413)",
-    "max_pixels": "of an image, however small its file is (413)",
-    "connections": "open at the same time; more are refused (503)",
+    "max_body": "most bytes of a request (413)",
+    "max_pixels": "most pixels of an image, however small its file is (413)",
+    "connections": "most connections open at the same time; more are refused (503)",
 }
 
 
@@ -56,7 +56,9 @@ def add(commands: Commands) -> None:
     add_classifier(parser)
     add_device(parser)
     parser.add_argument(
-        "--num-classes", type=int, help="of the model (default: as many as there are names)"
+        "--num-classes",
+        type=int,
+        help="number of classes of the model (default: as many as there are names)",
     )
     parser.add_argument(
         "--classes",
@@ -81,7 +83,7 @@ def add(commands: Commands) -> None:
     add_search_options(parser.add_argument_group("radii"), *SEARCH)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="name or address to listen on")
-    group.add_argument("--port", type=int, default=8000, help="0 for a free one")
+    group.add_argument("--port", type=int, default=8000, help="port to listen on; 0 for a free one")
     group.add_argument("--access-log", action="store_true", help="log every request")
     add_fields(group, Settings, _SERVE_HELP)
 
@@ -130,7 +132,7 @@ def _input_size(text: str) -> tuple[int, ...]:
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise ValueError(f"input-size is {text!r}; expected sizes such as 3x224x224")
+        raise ValueError(f"--input-size is {text!r}; expected sizes such as 3x224x224")
     return shape
 
 
@@ -147,5 +149,7 @@ def _num_classes(options: argparse.Namespace, classes: Sequence[str] | None) -> 
             "the checkpoint does not name its classes: give --classes or --num-classes"
         )
     if classes and number != len(classes):
-        raise ValueError(f"num-classes is {number}, but there are {len(classes)} names of classes")
+        raise ValueError(
+            f"--num-classes is {number}, but there are {len(classes)} names of classes"
+        )
     return number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,50 @@ def test_info() -> None:
     assert result.stderr == ""
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"rat-ext {rat_ext.__version__}\n"
+
+
+COMMANDS = ["demo", "train", "evaluate", "radii", "detector fit", "detector apply", "serve"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_an_option_is(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: [])" not in shown
+    assert "(default: None)" not in shown
+    assert "(default: False)" not in shown
+    assert "(default: all) (default" not in shown
+    if command not in ("demo", "serve"):
+        assert re.search(r"--workers WORKERS [^-]*\(default: 0\)", shown)
+    assert not re.search(r" [A-Z_]{2,} of (the |all )?\w+ \(default", shown)
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("go on with resume=True, or", "go on with --resume, or"),
+        ("batch_size is 0; it", "--batch-size is 0; it"),
+        ("use batch_size=4 or fewer", "use --batch-size 4 or fewer"),
+        ("the resume is", "the resume is"),
+        ("strict=False loads it", "strict=False loads it"),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(
+    message: str, typed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError(message)
+
+    monkeypatch.setattr("rat_ext.cli.radii.load_data", fail)
+    assert cli.main(["radii", "--data", "digits", "--out", "out"]) == 2
+    assert capsys.readouterr().err == f"rat-ext radii: error: {typed}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"), [(["demo", "--seeds"], "--seeds"), ([], "COMMAND"), (["x"], "'x'")]
 )
@@ -47,9 +92,9 @@ def test_usage_errors(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train-size", "5000"], "train_size is 5000"),
-        (["--eps", "-1"], "eps is -1.0; it must be finite"),
-        (["--epochs", "0"], "epochs is 0; it must be at least 1"),
+        (["--train-size", "5000"], "--train-size is 5000"),
+        (["--eps", "-1"], "--eps is -1.0; it must be finite"),
+        (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -209,9 +254,9 @@ def test_detector_fit_then_apply(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--coverage", "2"], "coverage is 2.0"),
-        (["--coverage", "0.9", "--skip", "1297"], "skip is 1297; it must be from 0 to 1296"),
-        (["--tpr", "0.9", "--batch-size", "0"], "batch_size is 0"),
+        (["--coverage", "2"], "--coverage is 2.0"),
+        (["--coverage", "0.9", "--skip", "1297"], "--skip is 1297; it must be from 0 to 1296"),
+        (["--tpr", "0.9", "--batch-size", "0"], "--batch-size is 0"),
         (["--tpr", "0.9", "--cascade", "mrs"], "no score is named 'mrs'"),
     ],
 )
@@ -320,10 +365,10 @@ def test_logs_for_tensorboard(tmp_path: Path) -> None:
     [
         ("train", ["--model", "resnet21"], "no model is named 'resnet21'"),
         ("train", ["--data", "mnist"], "no data set is named 'mnist'"),
-        ("train", ["--loss", "mse"], "loss is 'mse'"),
+        ("train", ["--loss", "mse"], "--loss is 'mse'"),
         ("train", ["--from", "absent.pt"], "there is no checkpoint absent.pt"),
-        ("train", ["--limit", "0"], "limit is 0"),
-        ("train", ["--device", "abacus"], "device is 'abacus'"),
+        ("train", ["--limit", "0"], "--limit is 0"),
+        ("train", ["--device", "abacus"], "--device is 'abacus'"),
         ("evaluate", [], "give the --checkpoint of the model, or --pretrained"),
         ("evaluate", ["--checkpoint", "absent.pt"], "there is no checkpoint absent.pt"),
         ("evaluate", ["--scores", "mrs"], "no score is named 'mrs'"),
@@ -349,7 +394,7 @@ def test_radii_come_in_batches(
 ) -> None:
     options = ["--checkpoint", str(trained / "model.pt"), "--batch-size", "0"]
     assert cli.main(["radii", "--data", "digits", *options, "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("rat-ext radii: error: batch_size is 0")
+    assert capsys.readouterr().err.startswith("rat-ext radii: error: --batch-size is 0")
     assert not (tmp_path / "out").exists()
 
 
