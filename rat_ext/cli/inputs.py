@@ -133,7 +133,9 @@ def model_name(options: argparse.Namespace) -> str:
 def load_classifier(options: argparse.Namespace, num_classes: int) -> tuple[str, torch.nn.Module]:
     """The name of the trained model that was asked for, and the model."""
     name = model_name(options)
-    model = models.create(name, num_classes, pretrained=options.pretrained)
+    model = models.create(
+        name, num_classes, pretrained=options.pretrained and not options.checkpoint
+    )
     if options.checkpoint is not None:
         models.load_weights(model, options.checkpoint)
     return name, model.eval()

@@ -56,7 +56,9 @@ def run(options: argparse.Namespace) -> None:
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     data, test = load_data(options, "train"), load_data(options, "test")
     torch.manual_seed(recipe.seed)
-    model = models.create(options.model, len(data.classes), pretrained=options.pretrained)
+    model = models.create(
+        options.model, len(data.classes), pretrained=options.pretrained, new_head=True
+    )
     if options.start:
         models.load_weights(model, options.start)
     with use_device(options) as (device, rank):

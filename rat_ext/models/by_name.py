@@ -27,6 +27,7 @@ def create(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     pretrained: bool = False,
+    new_head: bool = False,
 ) -> nn.Module:
     """A classifier of pixels in [0, 1] by name.
 
@@ -38,8 +39,9 @@ def create(
         mean: of each channel, subtracted in front of the network; default that of the training
             data that the name stands for.
         std: likewise.
-        pretrained: with the library's weights; torchvision and timm only, and num_classes must be
-            theirs.
+        pretrained: with the library's weights; torchvision and timm only.
+        new_head: to fine-tune pretrained weights of another number of classes: the last layer is
+            new, with random weights. Without it, another number is an error.
 
     Raises:
         ValueError: there is no such model, or it cannot be had like this.
@@ -48,7 +50,7 @@ def create(
     library, _, member = name.partition(":")
     if library in ("torchvision", "timm") and member:
         build = _torchvision if library == "torchvision" else _timm
-        network, (own_mean, own_std) = build(member, num_classes, pretrained)
+        network, (own_mean, own_std) = build(member, num_classes, pretrained, new_head)
         return Normalized(network, mean or own_mean, std or own_std)
     if pretrained:
         raise ValueError(f"{name} has no pretrained weights here; load a checkpoint instead")
@@ -71,7 +73,9 @@ def input_size(name: str) -> tuple[int, ...] | None:
     return BUILT_IN[name].size if name in BUILT_IN else None
 
 
-def _torchvision(name: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, Statistics]:
+def _torchvision(
+    name: str, num_classes: int, pretrained: bool, new_head: bool
+) -> tuple[nn.Module, Statistics]:
     try:
         from torchvision import models
     except ImportError as error:
@@ -81,13 +85,19 @@ def _torchvision(name: str, num_classes: int, pretrained: bool) -> tuple[nn.Modu
     if name not in models.list_models(module=models):
         raise ValueError(f"torchvision has no classifier named {name!r}")
     weights = models.get_model_weights(name).DEFAULT if pretrained else None
-    _check_pretrained(name, num_classes, len(weights.meta["categories"]) if weights else None)
-    network = models.get_model(name, weights=weights, num_classes=num_classes)
+    # With weights, torchvision makes no model of another number of classes.
+    own_classes = len(weights.meta["categories"]) if weights else num_classes
+    _check_pretrained(name, num_classes, own_classes, new_head)
+    network = models.get_model(name, weights=weights, num_classes=own_classes)
+    if own_classes != num_classes:
+        _replace_heads(name, network, own_classes, num_classes)
     preset = weights.transforms() if weights else None
     return network, (getattr(preset, "mean", IMAGENET_MEAN), getattr(preset, "std", IMAGENET_STD))
 
 
-def _timm(name: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, Statistics]:
+def _timm(
+    name: str, num_classes: int, pretrained: bool, new_head: bool
+) -> tuple[nn.Module, Statistics]:
     try:
         import timm
     except ImportError as error:
@@ -95,18 +105,42 @@ def _timm(name: str, num_classes: int, pretrained: bool) -> tuple[nn.Module, Sta
     if not timm.is_model(name):
         raise ValueError(f"timm has no model named {name!r}")
     own_classes = timm.get_pretrained_cfg_value(name, "num_classes") if pretrained else None
-    _check_pretrained(name, num_classes, own_classes)
+    _check_pretrained(name, num_classes, own_classes, new_head)
     network: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     config = network.pretrained_cfg
     return network, (config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD))
 
 
-def _check_pretrained(name: str, num_classes: int, own_classes: int | None) -> None:
-    if own_classes not in (None, num_classes):
+def _check_pretrained(name: str, num_classes: int, own_classes: int | None, new_head: bool) -> None:
+    if own_classes not in (None, num_classes) and not new_head:
         raise ValueError(
-            f"the pretrained {name} has {own_classes} classes, not {num_classes}; train it without "
-            "pretrained weights, or use its own data set"
+            f"the pretrained {name} has {own_classes} classes, not {num_classes}; fine-tune it "
+            "first (rat-ext train --pretrained, or new_head=True), or use its own data set"
         )
+
+
+def _replace_heads(name: str, network: nn.Module, own_classes: int, num_classes: int) -> None:
+    """Put new layers, with random weights, in the place of those that give the logits.
+
+    Inception and GoogLeNet have a second one, of use in training only.
+    """
+    heads = [
+        (path, layer)
+        for path, layer in network.named_modules()
+        if (isinstance(layer, nn.Linear) and layer.out_features == own_classes)
+        or (isinstance(layer, nn.Conv2d) and layer.out_channels == own_classes)
+    ]
+    if not heads:
+        raise ValueError(f"{name} has no last layer of {own_classes} classes that can be replaced")
+    for path, layer in heads:
+        bias = layer.bias is not None
+        new: nn.Module
+        if isinstance(layer, nn.Linear):
+            new = nn.Linear(layer.in_features, num_classes, bias)
+        else:
+            new = nn.Conv2d(layer.in_channels, num_classes, 1, bias=bias)
+        parent, _, attribute = path.rpartition(".")
+        setattr(network.get_submodule(parent), attribute, new)
 
 
 def _user_function(module: str, function: str) -> Callable[[int], Any]:

@@ -308,6 +308,38 @@ def test_radii(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "batches_per_shard was 3, is 16, rtol was 0.1, is 0.01. Use the same" in error
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attack": "pgd", "steps": 3, "target": "runner-up"},
+        {"attack": "fgsm_l2", "norm": "l2"},
+        {"eps_max": 0.01},
+        {"bounds": (-1.0, 2.0)},
+        {"method": "fast", "h": 0.01, "temperature": 2.0},
+        {"search": "bisect", "rtol": 0.1},
+        {"probes": 4, "tf32": False},
+    ],
+    ids=str,
+)
+def test_options_of_the_search(arguments: dict, trained: Path, tmp_path: Path) -> None:
+    command = ["radii", "--data", "digits", "--checkpoint", str(trained / "model.pt")]
+    command += ["--threads", "1", "--device", "cpu", "--limit", "40", "--out", str(tmp_path)]
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is False:
+            command.append(f"--no-{name}")
+        else:
+            values = value if isinstance(value, tuple) else [value]
+            command += [flag, *map(str, values)]
+    assert cli.main(command) == 0
+    model = models.create("digits-cnn")
+    models.load_weights(model, trained / "model.pt")
+    data = datasets.load("digits", "test")
+    x = data[datasets.shuffled(data)[:40].sort().values][0]
+    expected = rat_ext.robust_radius(model, x, **arguments)
+    torch.testing.assert_close(rat_ext.RadiusShards(tmp_path).load().radius, expected)
+
+
 def test_train_goes_on_after_a_kill(tmp_path: Path) -> None:
     options = [*TRAIN, "--epochs", "20", "--out"]
     program = [sys.executable, "-m", "rat_ext", *options, str(tmp_path / "killed")]

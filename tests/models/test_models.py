@@ -65,8 +65,50 @@ def test_timm_models_by_name() -> None:
     assert model.mean.flatten().tolist() == pytest.approx(models.IMAGENET_MEAN)
     with pytest.raises(ValueError, match="timm has no model named 'resnet19'"):
         models.create("timm:resnet19")
-    with pytest.raises(ValueError, match="the pretrained resnet18 has 1000 classes, not 5"):
-        models.create("timm:resnet18", 5, pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("resnet18", "fc"), ("squeezenet1_1", "classifier.1"), ("mobilenet_v2", "classifier.1")],
+)
+def test_pretrained_torchvision_models_get_a_new_last_layer(
+    name: str, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pytest.importorskip("torchvision.models")
+    state = library.get_model(name).state_dict()
+    enum = type(library.get_model_weights(name).DEFAULT)
+    monkeypatch.setattr(enum, "get_state_dict", lambda self, **_: state)
+    same = models.create(f"torchvision:{name}", 1000, pretrained=True).m
+    assert all(torch.equal(value, state[key]) for key, value in same.state_dict().items())
+    with pytest.raises(ValueError, match=f"the pretrained {name} has 1000 classes, not 7"):
+        models.create(f"torchvision:{name}", 7, pretrained=True)
+    model = models.create(f"torchvision:{name}", 7, pretrained=True, new_head=True)
+    assert model.eval()(torch.rand(1, 3, 64, 64)).shape == (1, 7)
+    for key, value in model.m.state_dict().items():
+        if not key.startswith(f"{head}."):
+            assert torch.equal(value, state[key]), key
+
+
+def test_pretrained_timm_models_get_a_new_last_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm = pytest.importorskip("timm")
+    create, name = timm.create_model, "mobilenetv3_small_050"
+    path = tmp_path / "weights.pt"
+    state = create(name).state_dict()
+    torch.save(state, path)
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda *args, **how: create(*args, **how, pretrained_cfg_overlay={"file": str(path)}),
+    )
+    with pytest.raises(ValueError, match=f"the pretrained {name} has 1000 classes, not 5"):
+        models.create(f"timm:{name}", 5, pretrained=True)
+    model = models.create(f"timm:{name}", 5, pretrained=True, new_head=True).eval()
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 5)
+    for key, value in model.m.state_dict().items():
+        if not key.startswith("classifier."):
+            assert torch.equal(value, state[key]), key
 
 
 def test_user_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
