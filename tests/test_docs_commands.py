@@ -53,7 +53,10 @@ LESS = {
 MENU = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
 SEQUENCES = {
     "README": [ROOT / "README.md"],
-    "site": [ROOT / "docs" / page for page in re.findall(r"^ +- (\S+\.md)$", MENU, re.MULTILINE)],
+    "site": [
+        ROOT / "docs" / page
+        for page in re.findall(r"^ +- (?:Home: )?(\S+\.md)$", MENU, re.MULTILINE)
+    ],
 }
 PAGES = [*(ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md"))]
 PAGES += [page for pages in SEQUENCES.values() for page in pages]
