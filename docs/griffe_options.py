@@ -1,8 +1,9 @@
-"""For mkdocstrings: the options that `rat_ext.search.options.shows_options` writes out in Python.
+"""For mkdocstrings: what decorators of the package do to signatures, which griffe does not see.
 
-The decorator gives a function or class with ``**options`` a signature that lists them, and puts
-their help in place of ``{options}`` in its docstring. griffe reads the source and does not see
-that, so the same is done here from the source of `SearchOptions`.
+`rat_ext.search.options.shows_options` gives a function or class with ``**options`` a signature that
+lists them, and puts their help in place of ``{options}`` in its docstring; the same is done here
+from the source of `SearchOptions`. `rat_ext.metrics._metric` gives a metric the arguments of the
+bootstrap; here they are those of `rat_ext.metrics.summary`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ class ShownOptions(griffe.Extension):
                 lines = [f"    {name}: {_help(option)}" for name, (_, option) in shown.items()]
                 text = target.docstring.value
                 target.docstring.value = text.replace("    {options}", "\n".join(lines))
+        metrics = pkg["metrics"].functions
+        boot = list(metrics["summary"].parameters)[2:]
+        for metric in metrics.values():
+            if any(decorator.value.name == "_metric" for decorator in metric.decorators):
+                metric.parameters = griffe.Parameters(*metric.parameters, *boot)
+                metric.returns = "float | Estimate"
 
 
 def _decorated(module: griffe.Module) -> Iterator[tuple[Any, list[str]]]:

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 from torchmetrics import MetricCollection
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from rat_ext import metrics
 from rat_ext import torchmetrics as classes
@@ -34,6 +35,16 @@ def samples(draw, confidences=FROM_TIED, max_size=5, both=False):
     if both:
         correct[:2] = True, False
     return np.array(confidence), np.array(correct)
+
+
+@st.composite
+def predictions(draw, max_size=12):
+    """(probabilities, target) of 2 to 4 classes, with ties, zeros and ones."""
+    n, classes = draw(st.integers(1, max_size)), draw(st.integers(2, 4))
+    weights = st.lists(st.integers(0, 3), min_size=classes, max_size=classes).filter(any)
+    rows = np.array(draw(st.lists(weights, min_size=n, max_size=n)), float)
+    target = draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
+    return rows / rows.sum(1, keepdims=True), np.array(target)
 
 
 def risks_of_all_tie_breaks(confidence, correct):
@@ -59,6 +70,23 @@ def test_ties_are_the_mean_over_all_tie_breaks(data):
     for k in range(1, n + 1):
         accuracy = metrics.accuracy_at_coverage(confidence, correct, k / n)
         assert accuracy == pytest.approx(1 - risk[k - 1])
+        assert metrics.risk_at_coverage(confidence, correct, k / n) == pytest.approx(risk[k - 1])
+    # The generalized risk starts at 0, and its lines are between the coverages 0, 1/N, ..., 1.
+    generalized = np.concatenate([[0], risk * curve.coverage])
+    area = sum(generalized[1:] + generalized[:-1]) / 2 / n
+    assert metrics.augrc(confidence, correct) == pytest.approx(area)
+    for allowed in (0, 0.3, 0.5, *risk.clip(0, 1)):
+        reached = [k / n for k in range(1, n + 1) if risk[k - 1] <= allowed + 1e-9]
+        assert metrics.coverage_at_risk(confidence, correct, allowed) == max(reached, default=0)
+
+
+@settings(deadline=None)
+@given(samples(max_size=12, both=True))
+def test_augrc_is_what_its_paper_says_of_auroc_and_accuracy(data):
+    confidence, correct = data
+    accuracy, auroc = correct.mean(), metrics.auroc(confidence, correct)
+    expected = (1 - auroc) * accuracy * (1 - accuracy) + (1 - accuracy) ** 2 / 2
+    assert metrics.augrc(confidence, correct) == pytest.approx(expected)
 
 
 @settings(deadline=None)
@@ -81,13 +109,14 @@ def test_auroc_counts_a_tie_one_half(data):
 
 @settings(deadline=None)
 @given(samples(st.floats(-1e3, 1e3), max_size=20, both=True))
-def test_ranks_give_what_scikit_learn_gives_on_the_confidences(data):
+def test_gives_what_scikit_learn_gives(data):
     confidence, correct = data
-    assert metrics.auroc(confidence, correct) == roc_auc_score(correct, confidence)
+    auroc = roc_auc_score(correct, confidence)
+    assert metrics.auroc(confidence, correct) == pytest.approx(auroc)
     success = average_precision_score(correct, confidence)
-    assert metrics.aupr_success(confidence, correct) == success
+    assert metrics.aupr_success(confidence, correct) == pytest.approx(success)
     error = average_precision_score(~correct, -confidence)
-    assert metrics.aupr_error(confidence, correct) == error
+    assert metrics.aupr_error(confidence, correct) == pytest.approx(error)
 
 
 @settings(deadline=None)
@@ -179,6 +208,7 @@ def test_tensors_give_what_arrays_give(dtype):
         "accuracy",
         "aurc",
         "e_aurc",
+        "augrc",
         "auroc",
         "aupr_success",
         "aupr_error",
@@ -194,12 +224,55 @@ EVERY = [
     metrics.aurc,
     functools.partial(metrics.aurc, variant="trapezoid"),
     metrics.e_aurc,
+    metrics.augrc,
     functools.partial(metrics.accuracy_at_coverage, coverage=0.7),
+    functools.partial(metrics.risk_at_coverage, coverage=0.7),
+    functools.partial(metrics.coverage_at_risk, risk=0.15),
     metrics.auroc,
     metrics.aupr_success,
     metrics.aupr_error,
     metrics.fpr_at_tpr,
 ]
+CALIBRATION = [metrics.ece, metrics.brier_score, metrics.nll]
+
+
+def exactly(values):
+    return pytest.approx(values, rel=0, abs=0, nan_ok=True)
+
+
+@settings(deadline=None)
+@given(samples(max_size=12), predictions(), st.integers(0, 99))
+def test_a_draw_is_the_metric_on_the_repeated_rows(ranking, probabilistic, seed):
+    """On ties, too, of which a resample may lack some."""
+    for cases, data in ((EVERY, ranking), (CALIBRATION, probabilistic)):
+        n = len(data[0])
+        rows = np.random.default_rng(seed).integers(n, size=n)
+        repeated = [each[rows] for each in data]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* is undefined and set to nan")
+            for metric in cases:
+                expected = metric(*repeated)
+                _, *interval = metric(*data, n_boot=1, seed=seed)
+                assert interval == exactly([expected, expected]), metric
+            summary = metrics.summary(*ranking, n_boot=1, seed=seed) if cases is EVERY else {}
+            for name, expected in metrics.summary(*repeated).items() if summary else ():
+                assert summary[name].low == exactly(expected), name
+
+
+@settings(deadline=None)
+@given(samples(max_size=12), predictions(), st.randoms(use_true_random=False))
+def test_the_order_of_the_samples_does_not_count(ranking, probabilistic, random):
+    for cases, data in ((EVERY, ranking), (CALIBRATION, probabilistic)):
+        shuffled = list(range(len(data[0])))
+        random.shuffle(shuffled)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* is undefined and set to nan")
+            for metric in cases:
+                value = metric(*data)
+                same = metric(*(each[shuffled] for each in data))
+                # Levels are counted; means over the samples are rounded in their order.
+                expected = exactly(value) if cases is EVERY else pytest.approx(value)
+                assert same == expected, metric
 
 
 @pytest.mark.parametrize("metric", EVERY)
@@ -218,7 +291,6 @@ def test_bootstrap_interval(metric):
 
 @pytest.mark.parametrize("metric", EVERY)
 def test_the_interval_is_that_of_the_metric_on_resamples(metric):
-    """On ties, too, of which a resample may lack some."""
     rng = np.random.default_rng(4)
     confidence, correct = rng.integers(0, 12, 25), rng.random(25) < 0.6
     resamples = np.random.default_rng(7)
@@ -265,7 +337,7 @@ def test_resamples_without_errors_are_left_out():
 
 
 @pytest.mark.parametrize("correct", [[1, 1, 1], [0, 0, 0]])
-@pytest.mark.parametrize("metric", EVERY[4:])
+@pytest.mark.parametrize("metric", EVERY[-4:])
 def test_undefined_metrics_are_nan_with_a_warning(metric, correct):
     with pytest.warns(RuntimeWarning, match="undefined") as warned:
         assert math.isnan(metric([3, 1, 2], correct))
@@ -278,6 +350,116 @@ def test_risk_metrics_are_defined_without_errors_and_without_right_ones():
     assert metrics.aurc([1, 2], [True, True]) == metrics.e_aurc([1, 2], [True, True]) == 0
     assert metrics.aurc([1, 2], [False, False]) == 1
     assert metrics.e_aurc([1, 2], [False, False]) == 0
+    assert metrics.augrc([1, 2], [True, True]) == 0
+    assert metrics.augrc([1, 2], [False, False]) == 0.5
+    assert metrics.coverage_at_risk([1, 2], [True, True], 0) == 1
+    assert metrics.coverage_at_risk([1, 2], [False, False], 0.99) == 0
+    assert metrics.coverage_at_risk([1, 2], [False, False], 1) == 1
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_one_sample(right):
+    assert metrics.aurc([3], [right]) == metrics.risk_at_coverage([3], [right], 0.5) == 1 - right
+    assert metrics.augrc([3], [right]) == (1 - right) / 2
+    assert metrics.coverage_at_risk([3], [right], 0.5) == right
+    probabilities, target = [[0.25, 0.75]], [int(right)]
+    probability = 0.75 if right else 0.25
+    assert metrics.ece(probabilities, target) == abs(right - 0.75)
+    assert metrics.brier_score(probabilities, target) == 2 * (1 - probability) ** 2
+    assert metrics.nll(probabilities, target) == pytest.approx(-math.log(probability))
+
+
+def test_the_largest_coverage_counts_where_the_risk_falls_again():
+    correct = [1, 0, 1, 1, 1, 0, 0]  # risks 0, 1/2, 1/3, 1/4, 1/5, 1/3, 3/7
+    assert metrics.coverage_at_risk(-np.arange(7), correct, 0.25) == 5 / 7
+    assert metrics.coverage_at_risk(-np.arange(7), correct, 1 / 3) == 6 / 7
+    # A tie of three, one of them wrong: its risk is 1/3 in floating point, or a rounding more.
+    assert metrics.coverage_at_risk(np.zeros(21), np.arange(21) % 3 > 0, 1 / 3) == 1
+
+
+@settings(deadline=None)
+@given(predictions(), st.integers(1, 12))
+def test_ece_averages_the_gap_over_bins_closed_above(data, n_bins):
+    probabilities, target = data
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == target
+    expected = 0.0
+    for m in range(1, n_bins + 1):
+        inside = ((m - 1) / n_bins < confidence) & (confidence <= m / n_bins)
+        if inside.any():
+            gap = abs(correct[inside].mean() - confidence[inside].mean())
+            expected += inside.mean() * gap
+    assert metrics.ece(probabilities, target, n_bins=n_bins) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_confidence_on_an_edge_is_in_the_bin_below():
+    # 0.7 and 0.75, and 0.7 and 0.65: with ten bins the first pair is apart, the second together.
+    for other, together in ((0.75, False), (0.65, True)):
+        probabilities, target = [[0.7, 0.3], [other, 1 - other]], [0, 1]
+        gaps = 0.3, -other
+        expected = abs(sum(gaps)) / 2 if together else sum(map(abs, gaps)) / 2
+        assert metrics.ece(probabilities, target, n_bins=10) == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(predictions())
+def test_brier_score_and_nll_are_their_formulas_and_scikit_learn_s(data):
+    probabilities, target = data
+    n, classes = probabilities.shape
+    brier = log = 0.0
+    for p, y in zip(probabilities, target, strict=True):
+        brier += sum((p[c] - (c == y)) ** 2 for c in range(classes)) / n
+        log += (math.inf if p[y] == 0 else -math.log(p[y])) / n
+    assert metrics.brier_score(probabilities, target) == pytest.approx(brier, abs=1e-12)
+    assert metrics.nll(probabilities, target) == pytest.approx(log, abs=1e-12)
+    labels = range(classes)
+    theirs = brier_score_loss(target, probabilities, labels=labels, scale_by_half=False)
+    assert metrics.brier_score(probabilities, target) == pytest.approx(theirs, abs=1e-12)
+    if math.isfinite(log):  # scikit-learn bounds the probabilities away from 0
+        theirs = log_loss(target, probabilities, labels=labels)
+        assert metrics.nll(probabilities, target) == pytest.approx(theirs, abs=1e-12)
+
+
+def softmax_and_target(n=300, classes=5):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
+    target = torch.multinomial(logits.div(2).softmax(1), 1, generator=generator)[:, 0]
+    return logits.softmax(1), target
+
+
+@pytest.mark.parametrize("n_bins", [1, 10, 15])
+def test_ece_gives_what_torchmetrics_gives(n_bins):
+    probabilities, target = softmax_and_target()
+    theirs = multiclass_calibration_error(probabilities, target, 5, n_bins=n_bins, norm="l1")
+    assert metrics.ece(probabilities, target, n_bins=n_bins) == pytest.approx(theirs.item())
+
+
+@pytest.mark.parametrize("metric", CALIBRATION)
+def test_calibration_intervals(metric):
+    probabilities, target = softmax_and_target()
+    value, low, high = metric(probabilities, target, n_boot=60)
+    assert low < value < high
+    resamples = np.random.default_rng(0)
+    draws = [resamples.integers(300, size=300) for _ in range(60)]
+    values = [metric(probabilities[i], target[i]) for i in draws]
+    assert (low, high) == pytest.approx(np.quantile(values, [0.025, 0.975]))
+    assert metric(probabilities.half(), target.int()) == pytest.approx(value, rel=0.01)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_certain_and_all_right_or_all_wrong(right):
+    target = np.array([0, 2, 1, 1])
+    probabilities = np.eye(3)[target if right else (target + 1) % 3]
+    assert metrics.ece(probabilities, target) == (0 if right else 1)
+    assert metrics.brier_score(probabilities, target) == (0 if right else 2)
+    assert metrics.nll(probabilities, target) == (0 if right else math.inf)
+    assert not math.copysign(1, metrics.nll(probabilities, target)) < 0
+
+
+def test_an_interval_of_infinite_draws_is_infinite():
+    probabilities = np.full((50, 2), 0.5)
+    probabilities[0] = 1, 0
+    estimate = metrics.nll(probabilities, np.ones(50), n_boot=100)
+    assert estimate == (math.inf, pytest.approx(math.log(2)), math.inf)  # a third lack the first
 
 
 @pytest.mark.parametrize(
@@ -299,6 +481,36 @@ def test_bad_input(metric, confidence, correct, message):
 
 
 @pytest.mark.parametrize(
+    ("probabilities", "target", "message"),
+    [
+        ([[0.5, math.nan], [0.5, 0.5]], [1, 0], "probabilities is nan for 1 of 2 samples"),
+        ([0.5, 0.5], [1, 0], r"probabilities has shape \(2,\); expected \(N, C\)"),
+        ([[1.0], [1.0]], [0, 0], r"probabilities has shape \(2, 1\)"),
+        ([[0.5, 0.5]], [[0]], r"target has shape \(1, 1\)"),
+        ([[0.5, 0.5]], [1, 0], "probabilities has 1 samples and target has 2"),
+        (np.empty((0, 2)), [], "probabilities and target are empty"),
+        ([[2.0, -1.0]], [0], r"logits.softmax\(1\)"),
+        ([[0.5, 0.52]], [0], r"logits.softmax\(1\)"),
+        ([[0.5, 0.48]], [0], r"logits.softmax\(1\)"),
+        ([[0.5, 0.5]], [2], "whole numbers from 0 to 1"),
+        ([[0.5, 0.5]], [-1], "whole numbers from 0 to 1"),
+        ([[0.5, 0.5]], [0.5], "whole numbers from 0 to 1"),
+        ([[0.5, 0.5]], [math.nan], "whole numbers from 0 to 1"),
+    ],
+)
+@pytest.mark.parametrize("metric", CALIBRATION)
+def test_bad_probabilities(metric, probabilities, target, message):
+    with pytest.raises(ValueError, match=message):
+        metric(probabilities, target)
+    assert metric([[0.5, 0.505]], [0]) >= 0  # rounded, as half precision is
+
+
+def test_bad_number_of_bins():
+    with pytest.raises(ValueError, match="n_bins is 0; it must be at least 1"):
+        metrics.ece([[0.5, 0.5]], [0], n_bins=0)
+
+
+@pytest.mark.parametrize(
     ("metric", "options", "message"),
     [
         (metrics.aurc, {"variant": "median"}, "'mean' or 'trapezoid'"),
@@ -309,6 +521,9 @@ def test_bad_input(metric, confidence, correct, message):
         (metrics.fpr_at_tpr, {"tpr": 95}, "tpr is 95"),
         (metrics.fpr_at_tpr, {"positive": "wrong"}, "'correct' or 'error'"),
         (metrics.accuracy_at_coverage, {"coverage": 0}, "coverage is 0"),
+        (metrics.risk_at_coverage, {"coverage": 1.1}, "coverage is 1.1"),
+        (metrics.coverage_at_risk, {"risk": -0.1}, "risk is -0.1; it must be between 0 and 1"),
+        (metrics.coverage_at_risk, {"risk": 5}, "risk is 5"),
     ],
 )
 def test_bad_options(metric, options, message):
@@ -316,16 +531,10 @@ def test_bad_options(metric, options, message):
         metric([1, 2], [0, 1], **options)
 
 
-def test_a_missing_scikit_learn_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert metrics.aurc([1, 2], [0, 1]) == pytest.approx(0.25)
-    with pytest.raises(ImportError, match=r"pip install '\.\[metrics\]'"):
-        metrics.auroc([1, 2], [0, 1])
-
-
-def test_importing_the_metrics_imports_no_optional_package():
+def test_importing_and_using_the_metrics_needs_no_optional_package():
     code = (
         "import sys, rat_ext.metrics\n"
+        "rat_ext.metrics.summary([1, 2], [0, 1], n_boot=2)\n"
         "print({'sklearn', 'scipy', 'torchmetrics', 'matplotlib'} & sys.modules.keys())"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
