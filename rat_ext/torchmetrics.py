@@ -1,9 +1,12 @@
-"""The metrics of `rat_ext.metrics` as torchmetrics classes: ``update(confidence, correct)``.
+"""The metrics of `rat_ext.metrics` as torchmetrics classes.
 
-They accumulate over batches and are synchronised across processes, so that ``compute()`` is the
-metric of all samples of all processes, not a mean of metrics. Needs torchmetrics (pip install
-torchmetrics), which nothing else in the package imports. Keyword arguments that are not named
-here are those of `torchmetrics.Metric`.
+All take ``update(probabilities, target)``, so that one `MetricCollection` can hold them; those of a
+confidence also take ``update(confidence, correct)``, for any other confidence than the largest
+probability. They accumulate over batches and are synchronised across processes, so that
+``compute()`` is the metric of all samples of all processes, not a mean of metrics.
+
+Needs torchmetrics (pip install torchmetrics), which nothing else in the package imports. Keyword
+arguments that are not named here are those of `torchmetrics.Metric`.
 """
 
 from __future__ import annotations
@@ -25,46 +28,104 @@ except ImportError as error:
 from . import metrics
 
 __all__ = [
+    "AUGRC",
     "AURC",
     "AUROC",
     "EAURC",
+    "ECE",
+    "NLL",
     "AUPRError",
     "AUPRSuccess",
     "AccuracyAtCoverage",
+    "BrierScore",
+    "CoverageAtRisk",
     "FPRAtTPR",
+    "RiskAtCoverage",
 ]
 
 
-class _ConfidenceMetric(Metric):
-    """A function of the confidences and correctness of all samples seen, which it stores."""
+class _SampleMetric(Metric):
+    """A function of all samples seen, which it stores."""
 
     full_state_update = False
     is_differentiable = False
-    confidence: list[Tensor]
-    correct: list[Tensor]
+    plot_lower_bound = 0.0
+    plot_upper_bound: float | None = 1.0
     _function: Callable[..., Any]
+    _states: tuple[str, str]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.options: dict[str, Any] = {}
-        self.add_state("confidence", default=[], dist_reduce_fx="cat")
-        self.add_state("correct", default=[], dist_reduce_fx="cat")
+        for state in self._states:
+            self.add_state(state, default=[], dist_reduce_fx="cat")
 
-    def update(self, confidence: Tensor, correct: Tensor) -> None:
-        """Add a batch: (N,) confidences and (N,) bool or 0/1."""
-        if confidence.ndim != 1 or confidence.shape != correct.shape:
-            raise ValueError(
-                f"confidence has shape {tuple(confidence.shape)} and correct "
-                f"{tuple(correct.shape)}; both must be (N,)"
-            )
-        self.confidence.append(confidence.detach())
-        self.correct.append(correct.detach())
+    def _store(self, *batch: Tensor) -> None:
+        for state, values in zip(self._states, batch, strict=True):
+            getattr(self, state).append(values.detach())
 
     def compute(self) -> Tensor:
         """The metric of everything seen: a scalar on the metric's device."""
-        confidence, correct = dim_zero_cat(self.confidence), dim_zero_cat(self.correct)
-        value = type(self)._function(confidence, correct, **self.options)
-        return torch.tensor(value, device=self.device)
+        seen = (dim_zero_cat(getattr(self, state)) for state in self._states)
+        return torch.tensor(type(self)._function(*seen, **self.options), device=self.device)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot values that ``compute`` or ``forward`` gave, by default that of everything seen.
+
+        Args:
+            val: a value, or a sequence of them, such as one for each epoch.
+            ax: matplotlib axes to draw on; None: new ones.
+
+        Returns:
+            The figure (None if ``ax`` is given) and the axes.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        return self._plot(val, ax)
+
+
+class _ConfidenceMetric(_SampleMetric):
+    _states = "confidence", "correct"
+
+    def update(self, confidence: Tensor, correct: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            confidence: (N,) larger means more likely right; or (N, C) probabilities, of which the
+                largest is the confidence and its class the prediction.
+            correct: (N,) bool or 0/1; with probabilities the target classes.
+
+        Raises:
+            ValueError: another shape, or rows of probabilities that do not sum to 1.
+        """
+        if confidence.ndim == 2 and correct.shape == confidence.shape[:1]:
+            if ((confidence.sum(1, dtype=torch.float32) - 1).abs() > 0.01).any():
+                raise ValueError(
+                    "each row of probabilities must sum to 1; of logits, give logits.softmax(1)"
+                )
+            confidence, prediction = confidence.max(1)
+            correct = prediction == correct
+        if confidence.ndim != 1 or confidence.shape != correct.shape:
+            raise ValueError(
+                f"confidence has shape {tuple(confidence.shape)} and correct "
+                f"{tuple(correct.shape)}; both must be (N,), or probabilities (N, C) and target "
+                "classes (N,)"
+            )
+        self._store(confidence, correct)
+
+
+class _CalibrationMetric(_SampleMetric):
+    _states = "probabilities", "target"
+
+    def update(self, probabilities: Tensor, target: Tensor) -> None:
+        """Add a batch: (N, C) probabilities, whose rows sum to 1, and (N,) target classes."""
+        if probabilities.ndim != 2 or target.shape != probabilities.shape[:1]:
+            raise ValueError(
+                f"probabilities has shape {tuple(probabilities.shape)} and target "
+                f"{tuple(target.shape)}; expected (N, C) and (N,)"
+            )
+        self._store(probabilities, target)
 
 
 class AURC(_ConfidenceMetric):
@@ -126,3 +187,59 @@ class AccuracyAtCoverage(_ConfidenceMetric):
     def __init__(self, coverage: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.options = {"coverage": coverage}
+
+
+class AUGRC(_ConfidenceMetric):
+    """Area under the generalized risk-coverage curve: `rat_ext.metrics.augrc`."""
+
+    higher_is_better = False
+    _function = staticmethod(metrics.augrc)
+
+
+class RiskAtCoverage(_ConfidenceMetric):
+    """Error rate of the most confident share of the samples: `metrics.risk_at_coverage`."""
+
+    higher_is_better = False
+    _function = staticmethod(metrics.risk_at_coverage)
+
+    def __init__(self, coverage: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.options = {"coverage": coverage}
+
+
+class CoverageAtRisk(_ConfidenceMetric):
+    """Largest coverage with at most this selective risk: `rat_ext.metrics.coverage_at_risk`."""
+
+    higher_is_better = True
+    _function = staticmethod(metrics.coverage_at_risk)
+
+    def __init__(self, risk: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.options = {"risk": risk}
+
+
+class ECE(_CalibrationMetric):
+    """Expected calibration error: `rat_ext.metrics.ece`."""
+
+    higher_is_better = False
+    _function = staticmethod(metrics.ece)
+
+    def __init__(self, n_bins: int = 15, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.options = {"n_bins": n_bins}
+
+
+class BrierScore(_CalibrationMetric):
+    """Squared distance to the one-hot target: `rat_ext.metrics.brier_score`."""
+
+    higher_is_better = False
+    plot_upper_bound = 2.0
+    _function = staticmethod(metrics.brier_score)
+
+
+class NLL(_CalibrationMetric):
+    """Negative log-likelihood, in nats: `rat_ext.metrics.nll`."""
+
+    higher_is_better = False
+    plot_upper_bound = None
+    _function = staticmethod(metrics.nll)

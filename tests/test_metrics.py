@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 from torchmetrics import MetricCollection
 from torchmetrics.functional.classification import multiclass_calibration_error
@@ -550,6 +551,9 @@ def test_the_classes_accumulate_over_batches():
             "aurc": classes.AURC(),
             "trapezoid": classes.AURC(variant="trapezoid"),
             "e_aurc": classes.EAURC(),
+            "augrc": classes.AUGRC(),
+            "risk90": classes.RiskAtCoverage(0.9),
+            "coverage": classes.CoverageAtRisk(0.1),
             "auroc": classes.AUROC(),
             "aupr_success": classes.AUPRSuccess(),
             "aupr_error": classes.AUPRError(),
@@ -564,6 +568,8 @@ def test_the_classes_accumulate_over_batches():
         "trapezoid": metrics.aurc(confidence, correct, variant="trapezoid"),
         "fpr80": metrics.fpr_at_tpr(confidence, correct, 0.8, positive="error"),
         "accuracy90": metrics.accuracy_at_coverage(confidence, correct, 0.9),
+        "risk90": metrics.risk_at_coverage(confidence, correct, 0.9),
+        "coverage": metrics.coverage_at_risk(confidence, correct, 0.1),
     }
     for name, value in collection.compute().items():
         assert value.item() == pytest.approx(expected[name], rel=1e-6), name
@@ -573,9 +579,60 @@ def test_the_classes_accumulate_over_batches():
     assert collection.compute()["aurc"].item() == pytest.approx(again, rel=1e-6)
 
 
-def test_the_classes_refuse_what_is_not_one_value_per_sample():
-    with pytest.raises(ValueError, match=r"both must be \(N,\)"):
-        classes.AURC().update(torch.ones(3, 2), torch.ones(3))
+def test_the_classes_take_probabilities_and_targets():
+    probabilities, target = softmax_and_target()
+    confidence, prediction = probabilities.max(1)
+    correct = prediction == target
+    collection = MetricCollection(
+        [
+            classes.AURC(),
+            classes.AUROC(),
+            classes.CoverageAtRisk(0.2),
+            classes.ECE(n_bins=7),
+            classes.BrierScore(),
+            classes.NLL(),
+        ]
+    )
+    for batch in zip(probabilities.split(70), target.split(70), strict=True):
+        collection.update(*batch)
+    expected = {
+        "AURC": metrics.aurc(confidence, correct),
+        "AUROC": metrics.auroc(confidence, correct),
+        "CoverageAtRisk": metrics.coverage_at_risk(confidence, correct, 0.2),
+        "ECE": metrics.ece(probabilities, target, n_bins=7),
+        "BrierScore": metrics.brier_score(probabilities, target),
+        "NLL": metrics.nll(probabilities, target),
+    }
+    found = {name: value.item() for name, value in collection.compute().items()}
+    assert found == pytest.approx(expected, rel=1e-6)
+    groups = {frozenset(group) for group in collection.compute_groups.values()}
+    assert groups == {frozenset([*expected][:3]), frozenset([*expected][3:])}  # stored once each
+
+
+@pytest.mark.parametrize("metric", [classes.AURC(), classes.NLL()])
+def test_the_classes_plot_their_values(metric):
+    metric.update(*softmax_and_target())
+    for val, points in ((None, 1), ([metric.compute()] * 3, 3)):
+        axes = Figure().subplots()
+        metric.plot(val, ax=axes)
+        (line,) = (line for line in axes.lines if len(line.get_xdata()) == points)
+        assert line.get_ydata()[0] == pytest.approx(metric.compute().item())
+
+
+@pytest.mark.parametrize(
+    ("metric", "first", "second", "message"),
+    [
+        (classes.AURC(), (3, 2, 2), (3,), r"both must be \(N,\)"),
+        (classes.AURC(), (3,), (4,), r"both must be \(N,\)"),
+        (classes.AURC(), (3, 2), (3, 2), r"both must be \(N,\)"),
+        (classes.AURC(), (3, 2), (3,), r"logits.softmax\(1\)"),
+        (classes.ECE(), (3,), (3,), r"expected \(N, C\) and \(N,\)"),
+        (classes.ECE(), (3, 2), (4,), r"expected \(N, C\) and \(N,\)"),
+    ],
+)
+def test_the_classes_refuse_other_shapes_and_logits(metric, first, second, message):
+    with pytest.raises(ValueError, match=message):
+        metric.update(torch.ones(first), torch.ones(second))
 
 
 def _process(rank, world, folder):
@@ -584,10 +641,10 @@ def _process(rank, world, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
     )
-    confidence, correct = torch.load(f"{folder}/data.pt")
-    metric = classes.AURC()
+    probabilities, target = torch.load(f"{folder}/data.pt")
+    metric = MetricCollection([classes.AURC(), classes.ECE()])
     share = slice(0, 13) if rank == 0 else slice(13, None)
-    for batch in zip(confidence[share].split(5), correct[share].split(5), strict=True):
+    for batch in zip(probabilities[share].split(5), target[share].split(5), strict=True):
         metric.update(*batch)
     torch.save(metric.compute(), f"{folder}/{rank}.pt")
     dist.barrier()
@@ -595,13 +652,13 @@ def _process(rank, world, folder):
 
 
 def test_the_classes_are_synchronised_across_processes(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    confidence = torch.rand(40, generator=generator)
-    correct = torch.rand(40, generator=generator) < confidence
-    torch.save((confidence, correct), tmp_path / "data.pt")
+    probabilities, target = softmax_and_target(40)
+    torch.save((probabilities, target), tmp_path / "data.pt")
     torch.multiprocessing.spawn(_process, (2, str(tmp_path)), nprocs=2)
-    expected = metrics.aurc(confidence, correct)
+    confidence, prediction = probabilities.max(1)
+    aurc = metrics.aurc(confidence, prediction == target)
+    expected = {"AURC": aurc, "ECE": metrics.ece(probabilities, target)}
     for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True).item() == pytest.approx(
-            expected, rel=1e-6
-        )
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        found = {name: value.item() for name, value in found.items()}
+        assert found == pytest.approx(expected, rel=1e-6)
