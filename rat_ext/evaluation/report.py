@@ -16,6 +16,7 @@ from .evaluate import Evaluation
 COLUMNS = {
     "aurc": reports.Column("AURC x1000", 1000, False),
     "e_aurc": reports.Column("E-AURC x1000", 1000, False),
+    "augrc": reports.Column("AUGRC x1000", 1000, False),
     "auroc": reports.Column("AUROC %", 100, True),
     "aupr_success": reports.Column("AUPR-s %", 100, True),
     "aupr_error": reports.Column("AUPR-e %", 100, True),
@@ -27,6 +28,9 @@ MEANINGS = {
     "predictions, averaged over how many are accepted. Lower is better. A score without "
     "information has the error rate.",
     "E-AURC": "AURC less that of the best possible order. Lower is better.",
+    "AUGRC": "Area under the generalized risk-coverage curve, times 1000: the share of all "
+    "predictions that are wrong and yet accepted, averaged over how many are accepted. Lower is "
+    "better. A score without information has half the error rate.",
     "AUROC": "Chance that a right prediction is trusted more than a wrong one. Higher is better; "
     "50 % is guessing.",
     "AUPR-s, AUPR-e": "Average precision at finding the right (success) and the wrong predictions "

@@ -232,6 +232,9 @@ def test_what_is_written(model: nn.Module, data: datasets.Images, tmp_path: Path
     page = (tmp_path / "index.html").read_text()
     assert f'{mean:.2f} <span class="spread">± {std:.2f}</span>' in page
     assert f"{mean:.2f} ± {std:.2f}" in evaluation.table(result).text()
+    area = 500 * sum(split["augrc"] for split in results["scores"]["rr-bs"]["splits"])
+    assert "AUGRC x1000" in evaluation.table(result).columns
+    assert f'{area:.2f} <span class="spread">' in page
     assert "<title>Title &lt;&amp;&gt;</title>" in page
     assert page.count("<svg") == 2
 
