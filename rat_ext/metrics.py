@@ -378,7 +378,7 @@ def ece(probabilities: Values, target: Values, *, n_bins: int = 15) -> _Statisti
         probabilities: (N, C) of C >= 2 classes; each row sums to 1.
         target: (N,) the right classes, from 0 to C - 1.
         n_bins: the number of bins M. Bin m is ``((m - 1) / M, m / M]``: a confidence on an edge is
-            in the bin below it, and 0 is in the first.
+            in the bin below it.
 
     Raises:
         ValueError: an input is empty or of another shape, probabilities has nan or negative values

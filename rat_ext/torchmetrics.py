@@ -3,7 +3,9 @@
 All take ``update(probabilities, target)``, so that one `MetricCollection` can hold them; those of a
 confidence also take ``update(confidence, correct)``, for any other confidence than the largest
 probability. They accumulate over batches and are synchronised across processes, so that
-``compute()`` is the metric of all samples of all processes, not a mean of metrics.
+``compute()`` is the metric of all samples of all processes, not a mean of metrics. For that they
+store two values a sample; `ECE`, `BrierScore` and `NLL` store all C probabilities (once, if they
+are in one `MetricCollection`).
 
 Needs torchmetrics (pip install torchmetrics), which nothing else in the package imports. Keyword
 arguments that are not named here are those of `torchmetrics.Metric`.
