@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor
 from ._common.resolution import least_step
 from ._common.user_model import Model, check_device, full_float32, logits_of, undisturbed
 from .search.options import WIDE, Options, SearchOptions, shows_options
-from .search.result import RadiusResult, concatenate, problems, warn_about
+from .search.result import RadiusResult, concatenate, problems, verified, warn_about
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,7 +40,7 @@ def robust_radius(
     model: Model,
     x: Tensor,
     *,
-    full: bool = False,
+    full: bool | Literal["points"] = False,
     regrad: bool = False,
     **options: Unpack[SearchOptions],
 ) -> Tensor | RadiusResult:
@@ -51,7 +51,7 @@ def robust_radius(
             is a doubling from 1e-6 and then a bisection, so ``search`` and ``probes``
             are not taken; ``attack`` is "fgsm", "fgsm_l2", "pgd" or "pgd_l2".
         x: (N, ...) inputs; float64 where the result is to be an oracle.
-        full: return a RadiusResult instead of the radii alone.
+        full: return a RadiusResult instead of the radii alone; "points", with ``x_adv``.
         regrad: RR-BS as it is commonly run: a new FGSM gradient, of the cross-entropy itself, at
             each of 24 probes, and no early end (``rtol`` is not used). Its ``forward_rows`` count
             both forwards of a probe; its 24 backwards a row come on top.
@@ -61,7 +61,7 @@ def robust_radius(
     """
     if other := options.keys() & {"norm", "probes", "search"}:
         raise TypeError(f"the reference has no option {min(other)!r}")
-    chosen = Options.checked(x, **options)
+    chosen = Options.checked(x, **options).keeping(full)
     names = [each.name for each in chosen.attacks]
     if names[1:] or names[0] not in TWINS:
         raise ValueError(
@@ -86,6 +86,8 @@ def robust_radius(
         with undisturbed(model, x.device), exact:
             chunks = x.split(chosen.batch_size or len(x))
             result = concatenate([method(model, chunk, chosen) for chunk in chunks])
+            if chosen.keep_points:
+                result = verified(model, result, chosen.batch_size)
     warn_about(problems(result).tolist(), len(result), stacklevel=2)
     return result if full else result.radius
 
@@ -93,6 +95,11 @@ def robust_radius(
 def finite(*tensors: Tensor) -> Tensor:
     """(N,) bool: the rows whose elements are finite in all of the tensors."""
     return torch.stack([each.isfinite().flatten(1).all(1) for each in tensors]).all(0)
+
+
+def like_rows(values: Tensor, x: Tensor) -> Tensor:
+    """(N,) values in a shape that broadcasts over the rows of x."""
+    return values.view(-1, *[1] * (x.ndim - 1))
 
 
 # --- The ray --------------------------------------------------------------------------------------
@@ -114,7 +121,7 @@ def fgsm_direction(
     model is confident. For L2 d is the gradient, scaled to norm 1.
     """
     gradient, z, y, _ = attack_gradient(model, x, temperature, target)
-    failed = ~finite(gradient).view(-1, *[1] * (x.ndim - 1))
+    failed = like_rows(~finite(gradient), x)
     gradient = gradient.masked_fill(failed, math.nan)
     return steepest(gradient, norm), z, y
 
@@ -155,7 +162,7 @@ def steepest(gradient: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return gradient.sign()
     length = gradient.flatten(1).norm(dim=1)
-    return gradient.div(length.where(length != 0, 1).view(-1, *[1] * (gradient.ndim - 1)))
+    return gradient.div(like_rows(length.where(length != 0, 1), gradient))
 
 
 def textbook_direction(model: Model, x: Tensor, y: Tensor, temperature: float) -> Tensor:
@@ -169,7 +176,7 @@ def textbook_direction(model: Model, x: Tensor, y: Tensor, temperature: float) -
 
 def on_ray(x: Tensor, direction: Tensor, eps: Tensor, options: Options) -> Tensor:
     """x(eps), with one eps for each row."""
-    eps = eps.view(-1, *[1] * (x.ndim - 1))
+    eps = like_rows(eps, x)
     moved = x.to(eps.dtype) + eps * direction.to(eps.dtype)
     return options.bounds.clip(moved).to(x.dtype)
 
@@ -190,9 +197,10 @@ def searched_ray(model: Model, x: Tensor, options: Options) -> tuple[_Rows, Tens
     row.least_step = least_step(x, direction)
     row.fail(~finite(direction))
 
-    def probe(i: Tensor, eps: Tensor) -> Tensor:
+    def probe(i: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         row.rows[i] += 1
-        return logits_of(model(on_ray(x[i], direction[i], eps, options)), len(i))
+        point = on_ray(x[i], direction[i], eps, options)
+        return logits_of(model(point), len(i)), point
 
     row.search(probe)
     return row, direction
@@ -206,7 +214,8 @@ def rr_bs_regrad(model: Model, x: Tensor, options: Options) -> RadiusResult:
     everything = torch.arange(len(x), device=x.device)
     for _ in range(TEXTBOOK_PROBES):
         direction = textbook_direction(model, x, y, options.temperature)
-        row.update(everything, logits_of(model(on_ray(x, direction, row.eps, options)), len(x)))
+        point = on_ray(x, direction, row.eps, options)
+        row.update(everything, logits_of(model(point), len(x)), point)
         row.rows += 2
     result = row.result()
     result.resolved.copy_(~result.radius.isnan())  # as well as 24 probes do
@@ -232,8 +241,8 @@ def rr_pgd(model: Model, x: Tensor, options: Options) -> RadiusResult:
     row.eps = ray.upper.where(ray.found, row.eps)
     seen = torch.zeros_like(row.active)
 
-    def attack(i: int, eps: Tensor) -> Tensor:
-        """The logits at the point nearest to another class, or furthest into it, that is met."""
+    def attack(i: int, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """The point nearest to another class, or furthest into it, that is met; logits first."""
         xi, yi = x[i : i + 1].to(z.dtype), y[i : i + 1]
         point = projected(xi + eps * direction[i : i + 1].to(z.dtype), xi, eps, options)
         best = math.inf
@@ -258,16 +267,19 @@ def rr_pgd(model: Model, x: Tensor, options: Options) -> RadiusResult:
             point = projected(moved, xi, eps, options)
         seen[i] = True
         direction[i] = (best_point - xi)[0] / eps
-        return best_z
+        return best_z, best_point[0].to(x.dtype)
 
-    def probe(i: Tensor, eps: Tensor) -> Tensor:
-        return torch.stack([attack(j, e) for j, e in zip(i.tolist(), eps, strict=True)])
+    def probe(i: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        met = [attack(j, e) for j, e in zip(i.tolist(), eps, strict=True)]
+        logits, points = (torch.stack(each) for each in zip(*met, strict=True))
+        return logits, points
 
     row.search(probe)
     result = row.result()
     # The ray is one of the ball's: where its bracket is lower, that is the radius.
     nearer = ray.found & ~(result.radius <= ray.result().radius)
-    for name in ("radius", "lower", "upper", "resolved", "flipped_to"):
+    names = ["radius", "lower", "upper", "resolved", "flipped_to"]
+    for name in [*names, "x_adv"] if options.keep_points else names:
         getattr(result, name)[nearer] = getattr(ray.result(), name)[nearer]
     result.forward_rows.add_(ray.rows)
     return result
@@ -294,7 +306,7 @@ class _Rows:
     """The bracket (lower, upper) of each row, and the radius eps that it probes next."""
 
     def __init__(self, x: Tensor, z: Tensor, y: Tensor, options: Options) -> None:
-        self.options, self.prediction = options, y
+        self.options, self.prediction, self.x, self.x_adv = options, y, x, x.clone()
         self.lower = x.new_zeros(len(x), dtype=z.dtype)
         self.upper = torch.full_like(self.lower, math.inf)
         self.eps = torch.full_like(self.lower, options.first_step)
@@ -323,22 +335,23 @@ class _Rows:
         self.prediction = self.prediction.where(~rows, -1)
         self.active = self.active & ~rows
 
-    def search(self, probe: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Narrow all brackets with probe(i, eps), the logits of rows i at their eps."""
+    def search(self, probe: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Narrow all brackets with probe(i, eps): logits and points of rows i at their eps."""
         while self.active.any():
             i = self.active.nonzero().squeeze(1)
-            self.update(i, probe(i, self.eps[i]))
+            self.update(i, *probe(i, self.eps[i]))
             gap = self.upper - self.lower.maximum(self.least_step)
             closed = self.found & (gap <= self.options.narrowest * self.upper)
             self.active &= ~closed & ~self.exhausted
 
-    def update(self, i: Tensor, z: Tensor) -> None:
-        """Take the logits z that rows i have at their eps, and choose their next eps."""
+    def update(self, i: Tensor, z: Tensor, point: Tensor) -> None:
+        """Take the logits z that rows i have at a point at their eps, and choose the next eps."""
         eps, y = self.eps[i], z.argmax(1)
         flip = y != self.prediction[i]
         self.upper[i] = eps.where(flip, self.upper[i])
         self.lower[i] = eps.where(~flip, self.lower[i])
         self.flipped_to[i] = y.where(flip, self.flipped_to[i])
+        self.x_adv[i] = point.where(like_rows(flip, point), self.x_adv[i])
         middle = (self.lower[i] + self.upper[i]) / 2
         self.eps[i] = (2 * eps).clamp_max(self.options.eps_max).where(~self.found[i], middle)
         failed = torch.zeros_like(self.active)
@@ -360,6 +373,9 @@ class _Rows:
             won=torch.zeros_like(self.rows),
             norm=self.options.norm,
             attacks=(self.options.attacks[0].name,),
+            x_adv=self.x_adv.where(like_rows(self.found, self.x), self.x)
+            if self.options.keep_points
+            else None,
         )
 
 

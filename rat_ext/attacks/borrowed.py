@@ -17,7 +17,8 @@ from .._common.user_model import Model, logits_of
 from ..search.attack import Attack, register
 from ..search.options import WIDE, Options
 from ..search.result import RadiusResult
-from .rays import VectorRay, length, like_rows, unit
+from ..search.tensors import like_rows
+from .rays import VectorRay, length, unit
 
 
 class AttackRay(VectorRay):

@@ -15,8 +15,8 @@ from ..search.attack import register
 from ..search.bracket_search import BracketSearch
 from ..search.options import Options
 from ..search.result import RadiusResult, smallest
-from ..search.tensors import differentiable_logits, for_core
-from .rays import VectorRay, fgsm, length, like_rows, steepest
+from ..search.tensors import differentiable_logits, for_core, like_rows
+from .rays import VectorRay, fgsm, length, steepest
 
 PGD_STEPS = 10
 PGD_STEP_SIZE = 2.5
@@ -67,6 +67,7 @@ class BallSearch(BracketSearch):
         self.probes[:, 0] = ray.column("upper").where(found, self.probes[:, 0])
         self.direction = ray.direction.to(self.probes.dtype)
         self.steps = ray.options.steps or PGD_STEPS
+        self.kept = ray.x.clone() if ray.options.keep_points else None
         self.forwards, self.backwards = torch.zeros(
             2, len(ray.x), dtype=torch.int64, device=ray.x.device
         )
@@ -107,7 +108,14 @@ class BallSearch(BracketSearch):
             moved = point + size * steepest(gradient, norm) - x[left]
             point = clip(x[left] + project(moved, eps[left], norm))
         self.direction[rows] = (best - x) / eps
+        if self.kept is not None:
+            flipped = like_rows(best_logits.argmax(1) != y, best)
+            self.kept[rows] = best.to(self.kept.dtype).where(flipped, self.kept[rows])
         return best_logits
+
+    def changed_points(self) -> Tensor:
+        assert self.kept is not None  # asked for where points are kept
+        return self.kept
 
     def _forward(self, point: Tensor, with_graph: bool) -> tuple[Tensor, Tensor]:
         point = point.to(self.x.dtype)

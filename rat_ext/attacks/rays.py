@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .._common.resolution import least_step
-from .._common.user_model import Model, logits_of
+from .._common.user_model import Model
 from .._core import core
 from ..search.attack import register
 from ..search.bracket_search import BracketSearch
 from ..search.options import WIDE, Options
 from ..search.place import runs_core
-from ..search.tensors import empty_rows_like, for_core, ray_room
+from ..search.tensors import empty_rows_like, like_rows, ray_room
 
 
 def length(vectors: Tensor, norm: str) -> Tensor:
@@ -38,11 +38,6 @@ def unit(vectors: Tensor, norm: str) -> Tensor:
 def steepest(gradient: Tensor, norm: str) -> Tensor:
     """The direction of norm 1 in which a function with this gradient rises fastest."""
     return gradient.sign() if norm == "linf" else unit(gradient, norm)
-
-
-def like_rows(values: Tensor, x: Tensor) -> Tensor:
-    """(N,) values in a shape that broadcasts over the rows of x."""
-    return values.view(-1, *[1] * (x.ndim - 1))
 
 
 @register("fgsm", by_gradient=True)
@@ -90,14 +85,13 @@ class VectorRay(BracketSearch):
         ends, room = (-math.inf, math.inf), ray_room(x)
         core.aim(one, x, direction, *ends, self.state, begin, room, **self.launch)
 
-    def logits_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> Tensor:
+    def points_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> None:
         rows = index.long()
         e = radii[rows].flatten().to(self.x.device)
         rows = rows.repeat_interleave(radii.shape[1]).to(self.x.device)
         x, direction = self.x[rows].to(e.dtype), self.direction[rows].to(e.dtype)
         moved = torch.addcmul(x, direction, like_rows(e, self.x))
-        points = points[: len(rows)].copy_(self.options.bounds.clip(moved))
-        return for_core(logits_of(self.model(points), len(points)), self.x)
+        points.copy_(self.options.bounds.clip(moved))
 
 
 class SignRay(VectorRay):

@@ -19,7 +19,7 @@ from .._common.user_model import Model, check_device, full_float32, undisturbed
 from ..attacks.borrowed import AttackRay
 from ..search.attack import Searching
 from ..search.options import Options, SearchOptions, shows_options
-from ..search.result import RadiusResult, best, problems, warn_about
+from ..search.result import RadiusResult, best, problems, verified, warn_about
 from ..search.tensors import checked_input, differentiable_logits, with_dense_rows
 
 if TYPE_CHECKING:
@@ -32,11 +32,19 @@ def robust_radius(
 ) -> Tensor: ...
 @overload
 def robust_radius(
-    model: Model, x: Tensor, *, full: Literal[True], **options: Unpack[SearchOptions]
+    model: Model,
+    x: Tensor,
+    *,
+    full: Literal[True, "points"],
+    **options: Unpack[SearchOptions],
 ) -> RadiusResult: ...
 @shows_options()
 def robust_radius(
-    model: Model, x: Tensor, *, full: bool = False, **options: Unpack[SearchOptions]
+    model: Model,
+    x: Tensor,
+    *,
+    full: bool | Literal["points"] = False,
+    **options: Unpack[SearchOptions],
 ) -> Tensor | RadiusResult:
     """Distance of each input from the decision boundary: by default on its FGSM ray, in L-inf.
 
@@ -54,13 +62,15 @@ def robust_radius(
         model: callable from (N, ...) inputs to (N, C) logits, C >= 2, or to an object with
             ``.logits``.
         x: (N, ...) floating-point inputs, every element within ``bounds``.
-        full: return a RadiusResult instead of the radii alone.
+        full: return a RadiusResult instead of the radii alone. "points" keeps the adversarial
+            points too, in ``x_adv``, and runs the model on them once more, for ``is_adv``; it needs
+            method "bs".
         {options}
 
     Returns:
         (N,) radii on x's device, float64 for float64 x and float32 otherwise: inf where the
         prediction does not change up to eps_max, nan (with one RuntimeWarning) where the input or
-        the logits are not finite. With ``full=True`` a `RadiusResult`.
+        the logits are not finite. With ``full`` a `RadiusResult`.
 
     Raises:
         ValueError: x out of bounds or without a batch dimension, logits that are not (N, C >= 2),
@@ -68,13 +78,15 @@ def robust_radius(
         TypeError: x or the logits are not floating-point tensors.
         ImportError: the library of an attack is not installed.
     """
-    chosen = Options.checked(x, **options)
+    chosen = Options.checked(x, **options).keeping(full)
     if not len(x):
         result = RadiusResult.empty(x, chosen)
     else:
         with _ready(model, x, chosen) as (x, finite):
             found = [_searched(model, x, chosen.only(each), finite) for each in chosen.attacks]
-        result = best(found)
+            result = best(found)
+            if chosen.keep_points:
+                result = verified(model, result, chosen.batch_size)
     warn_about(problems(result).tolist(), len(result), stacklevel=2)
     return result if full else result.radius
 

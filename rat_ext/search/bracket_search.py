@@ -14,7 +14,7 @@ from .._core import core
 from .options import WIDE, Options
 from .place import launch_arguments, state_device
 from .result import RadiusResult
-from .tensors import empty_rows_like, for_core, plain, ray_room
+from .tensors import empty_rows_like, for_core, like_rows, plain, ray_room
 
 _COLUMN = {name: i for i, name in enumerate(core.BRACKET_FIELDS)}
 
@@ -55,7 +55,7 @@ class BracketSearch:
     """The bracket searches of all rows of x, each on its FGSM ray.
 
     In order: `aim` takes the ray of each row, `exclude` gives up some rows, `run` searches, and
-    `result` tells what was found. Searches on other rays override `head` and `logits_at`.
+    `result` tells what was found. Searches on other rays override `head` and `points_at`.
 
     `home` is the device of what the core works on: brackets, gaps, probes, and indices of rows.
     """
@@ -123,10 +123,24 @@ class BracketSearch:
 
     def logits_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> Tensor:
         """Logits of the rows in `index` at each of their `radii`; `points` is room for them."""
-        low, high = self.options.low, self.options.high
         points = points[: len(index) * radii.shape[1]]
-        core.perturb(self.x, self.direction, index, radii, low, high, points, count, **self.launch)
+        self.points_at(index, radii, points, count)
         return for_core(logits_of(self.model(points), len(points)), self.x)
+
+    def points_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> None:
+        """Write the points of the rays of the rows in `index` at each of their `radii`."""
+        low, high = self.options.low, self.options.high
+        core.perturb(self.x, self.direction, index, radii, low, high, points, count, **self.launch)
+
+    def changed_points(self) -> Tensor:
+        """Like x: the points at `upper`; of rows that are not found, any."""
+        n = len(self.x)
+        index = torch.arange(n, dtype=torch.int32, device=self.home)
+        count = torch.full((1,), n, dtype=torch.int32, device=self.home)
+        upper = self.column("upper").nan_to_num(posinf=0)[:, None]
+        points = empty_rows_like(self.x, n, self.x.dtype)
+        self.points_at(index, upper, points, count)
+        return points
 
     def run(self) -> None:
         """Probe until no row is active. Finished rows leave the batch, and waiting ones fill it."""
@@ -201,6 +215,9 @@ class BracketSearch:
         upper = column["upper"].where(finite, math.nan)
         found = status == core.FOUND
         searched = self.options.method == "bs"
+        x_adv = None
+        if self.options.keep_points:
+            x_adv = self.changed_points().where(like_rows(found, self.x), self.x)
         return RadiusResult(
             radius=(lower + upper) / 2,
             lower=lower,
@@ -217,6 +234,7 @@ class BracketSearch:
             padded_rows=self.padded_rows,
             norm=self.options.norm,
             attacks=tuple(attack.name for attack in self.options.attacks),
+            x_adv=x_adv,
         )
 
 

@@ -280,11 +280,24 @@ class Options:
     target: str | None
     steps: int | None
     tf32: bool | None
+    keep_points: bool = False
+    """The result is to have the points at which the prediction has changed."""
 
     @property
     def norm(self) -> Norm:
         """Of all the attacks."""
         return self.attacks[0].norm
+
+    def keeping(self, full: Any) -> Options:
+        """These options, with the points kept where the argument ``full`` asks for them."""
+        if full not in (False, True, "points"):
+            raise ValueError(f"full is {full!r}; expected False, True or 'points'")
+        if full == "points" and self.method == "fast":
+            raise ValueError(
+                "full='points' needs method 'bs'; 'fast' extrapolates, and sees no point at which "
+                "the prediction has changed"
+            )
+        return replace(self, keep_points=full == "points")
 
     def only(self, attack: Attack) -> Options:
         """These options for one of the attacks."""

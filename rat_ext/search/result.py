@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._common.user_model import Model, logits_of
 from .options import WIDE, Options
 
 
@@ -33,7 +34,10 @@ class SearchReport:
 
 @dataclass(frozen=True)
 class RadiusResult:
-    """Robust radii of N inputs. Every tensor has shape (N,) and is on the input's device."""
+    """Robust radii of N inputs.
+
+    Every tensor is on the input's device and, all but `x_adv`, of shape (N,).
+    """
 
     radius: Tensor
     """Midpoint of the bracket; inf where no flip was found; nan where a row is not finite."""
@@ -66,6 +70,15 @@ class RadiusResult:
     """Of the radius: "linf" or "l2"."""
     attacks: tuple[str, ...] = ("fgsm",)
     """The attacks of which the smallest radius counts."""
+    x_adv: Tensor | None = None
+    """(N, ...) like x, with ``full="points"``: the points that the search saw at ``upper``, where
+    the prediction has changed, no further from x than that (up to the rounding of x's dtype) and
+    within the bounds. Rows that are not found have x itself, as foolbox and torchattacks have it.
+    """
+    is_adv: Tensor | None = None
+    """bool, with ``full="points"``: once more through the model, the row of ``x_adv`` was
+    classified as ``flipped_to``. False where no change was found; and where the point is so near to
+    the boundary that rounding, which may depend on the batch, decides its class."""
 
     def __len__(self) -> int:
         return self.radius.shape[0]
@@ -90,6 +103,8 @@ class RadiusResult:
             won=integer,
             norm=options.norm,
             attacks=tuple(attack.name for attack in options.attacks),
+            x_adv=x if options.keep_points else None,
+            is_adv=found if options.keep_points else None,
         )
 
     @property
@@ -122,6 +137,19 @@ def concatenate(results: Sequence[RadiusResult]) -> RadiusResult:
             values[name] = torch.cat([getattr(result, name) for result in results])
     values["padded_rows"] = sum(result.padded_rows for result in results)
     return RadiusResult(**values)
+
+
+def verified(model: Model, result: RadiusResult, batch_size: int | None) -> RadiusResult:
+    """The result with `is_adv`, for which every row of `x_adv` goes through the model."""
+    assert result.x_adv is not None  # checked where points are kept
+    parts = result.x_adv.split(batch_size or len(result))
+    predicted = torch.cat([logits_of(model(part), len(part)).argmax(1) for part in parts])
+    return replace(
+        result,
+        is_adv=result.found & (predicted == result.flipped_to),
+        forward_rows=result.forward_rows + 1,
+        worst_case_rows=result.worst_case_rows + 1,
+    )
 
 
 class LoaderRadii(NamedTuple):
@@ -162,13 +190,17 @@ def smallest(results: Sequence[RadiusResult]) -> RadiusResult:
     radius = torch.stack([result.radius for result in results])
     won = radius.nan_to_num(nan=math.inf, posinf=worst).argmin(0)
 
+    rows = torch.arange(len(won), device=won.device)
+
     def of_winner(name: str) -> Tensor:
-        return torch.stack([getattr(result, name) for result in results]).gather(0, won[None])[0]
+        return torch.stack([getattr(result, name) for result in results])[won, rows]
 
     def total(name: str) -> Any:
         return sum(getattr(result, name) for result in results)
 
-    chosen = ("radius", "lower", "upper", "found", "resolved", "prediction", "flipped_to")
+    chosen = ["radius", "lower", "upper", "found", "resolved", "prediction", "flipped_to"]
+    if results[0].x_adv is not None:
+        chosen.append("x_adv")
     summed = ("forward_rows", "backward_rows", "fallbacks", "worst_case_rows", "padded_rows")
     values: dict[str, Any] = {name: of_winner(name) for name in chosen}
     values.update({name: total(name) for name in summed})

@@ -94,6 +94,11 @@ def with_dense_rows(x: Tensor) -> Tensor:
     return x
 
 
+def like_rows(values: Tensor, x: Tensor) -> Tensor:
+    """(N,) values in a shape that broadcasts over the rows of x."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
 def empty_rows_like(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """(rows, ...) with the memory order of x's rows, one row after the other."""
     elements = math.prod(x.shape[1:])
