@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ._common.resolution import least_step
 from ._common.user_model import Model, check_device, full_float32, logits_of, undisturbed
-from .search.options import WIDE, Options, SearchOptions, shows_options
+from .search.options import WIDE, Options, SearchOptions, check_classes, shows_options
 from .search.result import RadiusResult, concatenate, problems, verified, warn_about
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def robust_radius(
         raise ValueError(
             f"the reference has one of {', '.join(TWINS)} at a time, not {', '.join(names)}"
         )
-    if regrad and (chosen.method != "bs" or names != ["fgsm"] or chosen.target):
+    if regrad and (chosen.method != "bs" or names != ["fgsm"] or chosen.target is not None):
         raise ValueError(
             f"regrad=True is a variant of method 'bs' with attack 'fgsm' and no target; got method "
             f"{chosen.method!r}, attack {names[0]!r} and target {chosen.target!r}"
@@ -84,8 +84,8 @@ def robust_radius(
         check_device(model, x)
         exact = full_float32() if chosen.tf32 is False else contextlib.nullcontext()
         with undisturbed(model, x.device), exact:
-            chunks = x.split(chosen.batch_size or len(x))
-            result = concatenate([method(model, chunk, chosen) for chunk in chunks])
+            rows = torch.arange(len(x)).split(chosen.batch_size or len(x))
+            result = concatenate([method(model, x[i], chosen.of_rows(i)) for i in rows])
             if chosen.keep_points:
                 result = verified(model, result, chosen.batch_size)
     warn_about(problems(result).tolist(), len(result), stacklevel=2)
@@ -102,6 +102,11 @@ def like_rows(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
+def changed(now: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+    """(N,) bool: these classes are other ones than y; with targets, they are the targets."""
+    return now != y if target is None else now == target
+
+
 # --- The ray --------------------------------------------------------------------------------------
 
 
@@ -112,7 +117,11 @@ def log_odds(z: Tensor, y: Tensor) -> Tensor:
 
 
 def fgsm_direction(
-    model: Model, x: Tensor, temperature: float, norm: str = "linf", target: str | None = None
+    model: Model,
+    x: Tensor,
+    temperature: float,
+    norm: str = "linf",
+    target: Literal["runner-up"] | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The direction d = sign(grad_x CE(z / T, y)) of x, with the logits z and predictions y at x.
 
@@ -130,11 +139,13 @@ def attack_gradient(
     model: Model,
     x: Tensor,
     temperature: float,
-    target: str | None,
+    target: Literal["runner-up"] | Tensor | None,
     y: Tensor | None = None,
     runner_up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient at x of minus the log-odds of y, or of a target's logit minus that of y.
+    """Gradient at x of minus the log-odds of y, or of what raises a target.
+
+    That is the runner-up's logit minus that of y, or the log-odds of the class of each row.
 
     Returns it with the logits z, y and the runner-up, which are those at x unless they are given.
     """
@@ -146,6 +157,9 @@ def attack_gradient(
         runner_up = others.argmax(1) if runner_up is None else runner_up
         if target is None:
             loss = -log_odds(z / temperature, y).sum()
+        elif isinstance(target, Tensor):
+            check_classes(target, z.shape[1])
+            loss = log_odds(z / temperature, target).sum()
         else:
             loss = (z.gather(1, runner_up[:, None]) - z.gather(1, y[:, None])).sum()
     if not loss.requires_grad:
@@ -244,23 +258,24 @@ def rr_pgd(model: Model, x: Tensor, options: Options) -> RadiusResult:
     def attack(i: int, eps: Tensor) -> tuple[Tensor, Tensor]:
         """The point nearest to another class, or furthest into it, that is met; logits first."""
         xi, yi = x[i : i + 1].to(z.dtype), y[i : i + 1]
+        aim = options.of_rows(torch.tensor([i]))
         point = projected(xi + eps * direction[i : i + 1].to(z.dtype), xi, eps, options)
         best = math.inf
         for step in range(steps + 1):
             gradient, zi, _, _ = attack_gradient(
                 model,
                 point.to(x.dtype),
-                options.temperature,
-                options.target,
+                aim.temperature,
+                aim.target,
                 yi,
                 runner_up[i : i + 1],
             )
             row.rows[i] += 1
             row.backwards[i] += step < steps
-            margin = (zi[0, yi] - zi[0].scatter(0, yi, -math.inf).max()).item()
+            margin = margin_of(zi, yi, aim.classes).item()
             if not margin >= best:
                 best, best_z, best_point = margin, zi[0], point
-            flipped = zi.argmax(1) != yi
+            flipped = changed(zi.argmax(1), yi, aim.classes)
             if step == steps or (flipped and seen[i]) or not zi.isfinite().all():
                 break
             moved = point + 2.5 * eps / steps * steepest(gradient, options.norm).to(z.dtype)
@@ -283,6 +298,13 @@ def rr_pgd(model: Model, x: Tensor, options: Options) -> RadiusResult:
         getattr(result, name)[nearer] = getattr(ray.result(), name)[nearer]
     result.forward_rows.add_(ray.rows)
     return result
+
+
+def margin_of(z: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+    """(N,) logit of y minus the largest other one; or the largest but the target's minus its."""
+    c = (y if target is None else target)[:, None]
+    margin = (z.gather(1, c) - z.scatter(1, c, -math.inf).amax(1, keepdim=True)).squeeze(1)
+    return margin if target is None else -margin
 
 
 def projected(point: Tensor, x: Tensor, eps: Tensor, options: Options) -> Tensor:
@@ -314,6 +336,9 @@ class _Rows:
         self.flipped_to = torch.full_like(y, -1)
         self.rows, self.backwards = torch.zeros_like(y), torch.zeros_like(y)
         self.active = torch.ones_like(y, dtype=torch.bool)
+        if options.classes is not None:
+            there = y == options.classes
+            self.upper[there], self.flipped_to[there], self.active[there] = 0, y[there], False
         self.fail(~finite(x, z))
 
     @property
@@ -347,7 +372,8 @@ class _Rows:
     def update(self, i: Tensor, z: Tensor, point: Tensor) -> None:
         """Take the logits z that rows i have at a point at their eps, and choose the next eps."""
         eps, y = self.eps[i], z.argmax(1)
-        flip = y != self.prediction[i]
+        classes = self.options.classes
+        flip = changed(y, self.prediction[i], None if classes is None else classes[i])
         self.upper[i] = eps.where(flip, self.upper[i])
         self.lower[i] = eps.where(~flip, self.lower[i])
         self.flipped_to[i] = y.where(flip, self.flipped_to[i])
@@ -387,13 +413,22 @@ def rr_fast(model: Model, x: Tensor, options: Options) -> RadiusResult:
     direction, z, y = fgsm_direction(model, x, options.temperature, target=options.target)
     step = torch.full((len(x),), options.h, dtype=z.dtype, device=x.device)
     z_h = logits_of(model(on_ray(x, direction, step, options)), len(x)).to(z.dtype)
+    failed = ~finite(x, z, z_h, direction)
+    prediction, target = y, options.classes
+    if target is not None:  # two classes: all others as one, and the target
+        z, z_h = (
+            torch.stack([margin_of(each, y, target), torch.zeros_like(each[:, 0])], 1)
+            for each in (z, z_h)
+        )
+        y = torch.zeros_like(y)
     gap = z.gather(1, y[:, None]) - z
     fall = gap - (z_h.gather(1, y[:, None]) - z_h)
     crossing = (options.h * gap / fall).where(fall > 0, math.inf)
     crossing.scatter_(1, y[:, None], math.inf)
     radius, flipped_to = crossing.min(1)
+    if target is not None:
+        radius, flipped_to = radius.where(prediction != target, 0), target
     found = radius.isfinite()
-    failed = ~finite(x, z, z_h, direction)
     radius = radius.where(~failed, math.nan)
     return RadiusResult(
         radius=radius,
@@ -401,7 +436,7 @@ def rr_fast(model: Model, x: Tensor, options: Options) -> RadiusResult:
         upper=radius,
         found=found & ~failed,
         resolved=~failed,
-        prediction=y.where(~failed, -1),
+        prediction=prediction.where(~failed, -1),
         flipped_to=flipped_to.where(found & ~failed, -1),
         forward_rows=torch.ones_like(y),
         fallbacks=torch.zeros_like(y),

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._common.user_model import Model, logits_of
 from .._core import core
 from ..search.attack import register
-from ..search.bracket_search import BracketSearch
+from ..search.bracket_search import BracketSearch, target_seed
 from ..search.options import Options
 from ..search.result import RadiusResult, smallest
 from ..search.tensors import differentiable_logits, for_core, like_rows
@@ -61,8 +61,9 @@ class BallSearch(BracketSearch):
         super().__init__(ray.model, ray.x, classes, ray.options)
         for now, then in zip(self.tensors, start, strict=True):
             now.copy_(then)
-        at_x = self.gaps[:, :classes].to(self.x.device)
-        self.runner_up = at_x.scatter(1, self.predicted(slice(None))[:, None], math.inf).argmin(1)
+        self.at_x = ray.at_x
+        gaps = self.gaps[:, :classes].to(self.x.device)
+        self.runner_up = gaps.scatter(1, self.predicted(slice(None))[:, None], math.inf).argmin(1)
         found = ray.column("status") == core.FOUND
         self.probes[:, 0] = ray.column("upper").where(found, self.probes[:, 0])
         self.direction = ray.direction.to(self.probes.dtype)
@@ -87,7 +88,8 @@ class BallSearch(BracketSearch):
         for step in range(self.steps + 1):
             self.forwards[rows[left]] += 1
             leaf, logits = self._forward(point, with_graph=step < self.steps)
-            z = for_core(logits, self.x).to(radii.dtype)
+            full = for_core(logits, self.x).to(radii.dtype)
+            z = self.shown(full, rows[left])
             margin = margin_of(z, y[left])
             deeper = ~(margin >= best_margin[left])  # also where it is not finite
             best_margin[left] = margin.where(deeper, best_margin[left])
@@ -96,7 +98,7 @@ class BallSearch(BracketSearch):
             if step == self.steps:
                 break
             self.backwards[rows[left]] += 1
-            seed = self._seed(z, y[left], self.runner_up[rows[left]])
+            seed = self._seed(full, y[left], rows[left])
             (gradient,) = torch.autograd.grad(logits, leaf, seed.to(logits.dtype))
             going = (z.argmax(1) == y[left]) | first[left]
             going &= margin.isfinite()
@@ -123,10 +125,12 @@ class BallSearch(BracketSearch):
             return differentiable_logits(self.model, point)
         return point, logits_of(self.model(point), len(point))
 
-    def _seed(self, logits: Tensor, y: Tensor, runner_up: Tensor) -> Tensor:
+    def _seed(self, logits: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         """Gradient in the logits of what the attack lets rise: another class against y."""
-        if self.options.target:
-            seed = torch.zeros_like(logits).scatter_(1, runner_up[:, None], 1)
+        if self.target is not None:
+            return target_seed(logits, self.target[rows], self.options.temperature)
+        if self.options.target is not None:
+            seed = torch.zeros_like(logits).scatter_(1, self.runner_up[rows][:, None], 1)
             return seed.scatter_(1, y[:, None], -1)
         others = logits.scatter(1, y[:, None], -math.inf) / self.options.temperature
         return others.softmax(1).scatter_(1, y[:, None], -1)

@@ -96,6 +96,11 @@ class RadiusEstimator:
                 f"a RadiusEstimator searches FGSM rays; for attack {', '.join(names)} use "
                 "rat_ext.robust_radius"
             )
+        if self._options.classes is not None:
+            raise ValueError(
+                "target is a tensor, which is of one batch; a RadiusEstimator takes 'runner-up'. "
+                "Use rat_ext.robust_radius"
+            )
         if not len(example_x):
             raise ValueError("example_x has no rows; give a batch of the size that is to be used")
         device = self._device = example_x.device

@@ -93,6 +93,11 @@ def robust_radii(
         BlockingIOError: another run is writing to ``out``.
         ImportError: the format needs pyarrow.
     """
+    if isinstance(options.get("target"), Tensor):
+        raise ValueError(
+            "target is a tensor, which is of one batch; robust_radii takes 'runner-up'. Call "
+            "rat_ext.robust_radius for each batch"
+        )
     if device is None and isinstance(model, torch.nn.Module):
         device = next((p.device for p in model.parameters()), None)
     if out is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .._common.user_model import Model, check_device, full_float32, undisturbed
 from ..attacks.borrowed import AttackRay
 from ..search.attack import Searching
-from ..search.options import Options, SearchOptions, shows_options
+from ..search.options import Options, SearchOptions, check_classes, shows_options
 from ..search.result import RadiusResult, best, problems, verified, warn_about
 from ..search.tensors import checked_input, differentiable_logits, with_dense_rows
 
@@ -147,6 +147,8 @@ def _swept(model: Model, x: Tensor, runs: Sequence[Options], finite: Tensor) -> 
 
 
 def _new_search(model: Model, x: Tensor, classes: int, options: Options) -> Searching:
+    if options.classes is not None:
+        check_classes(options.classes, classes)
     # A function of the user's has no entry in the table of attacks.
     kind = options.attacks[0].search or AttackRay
     return kind(model, x, classes, options)

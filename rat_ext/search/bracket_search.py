@@ -57,6 +57,9 @@ class BracketSearch:
     In order: `aim` takes the ray of each row, `exclude` gives up some rows, `run` searches, and
     `result` tells what was found. Searches on other rays override `head` and `points_at`.
 
+    Where only a change to one class counts (`options.classes`), the core is shown two classes: all
+    others as one, with the largest of their logits, and the target.
+
     `home` is the device of what the core works on: brackets, gaps, probes, and indices of rows.
     """
 
@@ -65,6 +68,9 @@ class BracketSearch:
         self.home = home = state_device(x.device)
         self.padded_rows = 0
         n, dtype = len(x), WIDE[x.dtype]
+        self.target, self.at_x = options.classes, torch.full((n,), -1, device=x.device)
+        if self.target is not None:
+            classes = 2
         self.direction = empty_rows_like(x, n, torch.int8)
         self.brackets = torch.empty(n, len(_COLUMN), dtype=dtype, device=home)
         self.probes = torch.empty(n, options.probes, dtype=dtype, device=home)
@@ -81,12 +87,20 @@ class BracketSearch:
 
     def aim(self, leaf: Tensor, logits: Tensor, begin: int = 0, retain_graph: bool = False) -> None:
         """Take the ray of rows begin, begin + 1, ... from the logits of `leaf` and their graph."""
-        values = for_core(logits, self.x).to(self.home)
-        seed = torch.empty_like(values)
-        core.start(values, seed, self.state, begin, **self.launch)
-        if self.options.target:
-            rows = slice(begin, begin + len(leaf))
-            seed = runner_up_seed(values, self.predicted(rows).to(self.home))
+        rows = slice(begin, begin + len(leaf))
+        values = for_core(logits, self.x)
+        shown = self.shown(values, rows).to(self.home)
+        seed = torch.empty_like(shown)
+        core.start(shown, seed, self.state, begin, **self.launch)
+        if self.target is not None:
+            seed = target_seed(values, self.target[rows], self.options.temperature)
+            self.at_x[rows] = values.argmax(1)
+            there = (self.at_x[rows] == self.target[rows]).to(self.home)
+            there &= self.column("status")[rows] != core.NOT_FINITE
+            self.column("upper")[rows].masked_fill_(there, 0)
+            self.column("status")[rows].masked_fill_(there, core.FOUND)
+        elif self.options.target is not None:
+            seed = runner_up_seed(values, self.predicted(rows))
         (gradient,) = torch.autograd.grad(
             logits, leaf, seed.to(logits.device, logits.dtype), retain_graph=retain_graph
         )
@@ -125,7 +139,19 @@ class BracketSearch:
         """Logits of the rows in `index` at each of their `radii`; `points` is room for them."""
         points = points[: len(index) * radii.shape[1]]
         self.points_at(index, radii, points, count)
-        return for_core(logits_of(self.model(points), len(points)), self.x)
+        logits = for_core(logits_of(self.model(points), len(points)), self.x)
+        if self.target is None:
+            return logits
+        return self.shown(logits, index.long().repeat_interleave(radii.shape[1]))
+
+    def shown(self, logits: Tensor, rows: slice | Tensor) -> Tensor:
+        """What the core sees of the logits of some rows: all, or (n, 2) others and target."""
+        if self.target is None:
+            return logits
+        target = self.target[rows].to(logits.device)[:, None]
+        others = logits.scatter(1, target, -math.inf).amax(1, keepdim=True)
+        both = torch.cat([others, logits.gather(1, target)], 1)
+        return both.masked_fill(~logits.isfinite().all(1, keepdim=True), math.nan)
 
     def points_at(self, index: Tensor, radii: Tensor, points: Tensor, count: Tensor) -> None:
         """Write the points of the rays of the rows in `index` at each of their `radii`."""
@@ -214,6 +240,9 @@ class BracketSearch:
         lower = column["lower"].where(finite, math.nan)
         upper = column["upper"].where(finite, math.nan)
         found = status == core.FOUND
+        prediction, flipped_to = column["prediction"].long(), column["flipped_to"].long()
+        if self.target is not None:
+            prediction, flipped_to = self.at_x[:rows], self.target[:rows]
         searched = self.options.method == "bs"
         x_adv = None
         if self.options.keep_points:
@@ -224,8 +253,8 @@ class BracketSearch:
             upper=upper,
             found=found,
             resolved=self.resolved(lower, upper, found),
-            prediction=column["prediction"].where(finite, -1).long(),
-            flipped_to=column["flipped_to"].where(found, -1).long(),
+            prediction=prediction.where(finite, -1),
+            flipped_to=flipped_to.where(found, -1),
             forward_rows=column["rows"].long(),
             fallbacks=column["fallbacks"].long(),
             backward_rows=torch.zeros_like(status, dtype=torch.int64),
@@ -243,6 +272,14 @@ def batch_sizes(most: int) -> list[int]:
     powers = [2**k for k in range(most.bit_length())]
     sizes = sorted({*powers, *(3 * p // 2 for p in powers[1:])})
     return [*(size for size in sizes if size < most), most]
+
+
+def target_seed(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Gradient of the target's log-odds: +1 for it, minus the others' softmax among themselves."""
+    t = target.to(logits.device)[:, None]
+    wide = logits.to(WIDE[logits.dtype])
+    others = (wide / temperature).scatter(1, t, -math.inf).softmax(1)
+    return others.neg_().scatter_(1, t, 1)
 
 
 def runner_up_seed(logits: Tensor, prediction: Tensor) -> Tensor:

@@ -176,11 +176,13 @@ class SearchOptions(TypedDict, total=False):
         ),
     ]
     target: Annotated[
-        Literal["runner-up"] | None,
+        Literal["runner-up"] | Tensor | None,
         Option(
             None,
-            '"runner-up" directs fgsm and pgd at the second most likely class at x instead of away '
-            "from the prediction. Any change of the prediction still counts.",
+            "where fgsm and pgd are directed, instead of away from the prediction. "
+            '"runner-up": at the second most likely class at x; any change of the prediction still '
+            "counts. An integer tensor (N,): at a class for each sample, and nothing but a "
+            "prediction of that class counts; radius 0 where it is predicted already.",
         ),
     ]
     tf32: Annotated[
@@ -277,7 +279,7 @@ class Options:
     bisect: bool
     probes: int
     attacks: tuple[Attack, ...]
-    target: str | None
+    target: Literal["runner-up"] | Tensor | None
     steps: int | None
     tf32: bool | None
     keep_points: bool = False
@@ -299,9 +301,18 @@ class Options:
             )
         return replace(self, keep_points=full == "points")
 
+    def of_rows(self, rows: Tensor) -> Options:
+        """These options for some of the rows."""
+        return self if self.classes is None else replace(self, target=self.classes[rows])
+
     def only(self, attack: Attack) -> Options:
         """These options for one of the attacks."""
         return replace(self, attacks=(attack,))
+
+    @property
+    def classes(self) -> Tensor | None:
+        """(N,) int64: the one class that counts for each sample; None where every change does."""
+        return self.target if isinstance(self.target, Tensor) else None
 
     @property
     def low(self) -> Value:
@@ -336,6 +347,8 @@ class Options:
                 "and below 1. For a finer one use float64 inputs and a float64 model"
             )
         _check_together(value, attacks, bounds)
+        if isinstance(value["target"], Tensor):
+            value["target"] = _class_of_each(value["target"], x)
         eps_max = value["eps_max"]
         if eps_max is None:
             eps_max = bounds.reach(attacks[0].norm, x)
@@ -375,6 +388,27 @@ def _check_input_type(x: Tensor) -> None:
         )
 
 
+def check_classes(target: Tensor, count: int) -> None:
+    """Raise a ValueError if a target is none of so many classes."""
+    if (target >= count).any():
+        raise ValueError(
+            f"target has a class {int(target.max())}, but the model has {count}: 0 to {count - 1}"
+        )
+
+
+def _class_of_each(target: Tensor, x: Tensor) -> Tensor:
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target is a tensor of {target.dtype}; expected integers, the classes")
+    if target.shape != x.shape[:1]:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)} for {len(x)} inputs; expected a class for "
+            f"each, ({len(x)},)"
+        )
+    if (target < 0).any():
+        raise ValueError(f"target has a class {int(target.min())}; classes are numbered from 0")
+    return target.to(x.device, torch.int64)
+
+
 def _check_together(value: dict[str, Any], attacks: tuple[Attack, ...], bounds: Bounds) -> None:
     """Raise if options that are each fine do not go together."""
     names = ", ".join(repr(each.name) for each in attacks)
@@ -398,8 +432,10 @@ def _check_together(value: dict[str, Any], attacks: tuple[Attack, ...], bounds: 
             f"attack {borrowed[0]!r} needs finite bounds; give them, or use 'fgsm' or 'pgd'"
         )
     if value["target"] is not None:
-        require_choice("target", value["target"], ("runner-up",))
-        if not any(each.by_gradient for each in attacks):
+        classes = isinstance(value["target"], Tensor)
+        if not classes:
+            require_choice("target", value["target"], ("runner-up",))
+        if not (all if classes else any)(each.by_gradient for each in attacks):
             raise ValueError(f"target is for the attacks 'fgsm' or 'pgd'; got {names}")
     if value["steps"] is not None and not any(each.iterative for each in attacks):
         raise ValueError(f"steps is for iterative attacks with a name; got {names}")
