@@ -3,6 +3,7 @@
 from ..search.result import LoaderRadii, RadiusResult, SearchReport
 from .estimator import RadiusEstimator
 from .over_loader import robust_radii
+from .robust_accuracy import robust_accuracy
 from .robust_radius import robust_radius, temperature_sweep
 from .shards import RadiusShards
 
@@ -12,6 +13,7 @@ __all__ = [
     "RadiusResult",
     "RadiusShards",
     "SearchReport",
+    "robust_accuracy",
     "robust_radii",
     "robust_radius",
     "temperature_sweep",

@@ -121,6 +121,20 @@ class RadiusResult:
             fallback_share=int(self.fallbacks.sum()) / total if total else 0.0,
         )
 
+    def to_pandas(self) -> Any:
+        """A DataFrame with a row for each input, and a column for each field of shape (N,).
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from error
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        rows = {name: v for name, v in values.items() if isinstance(v, Tensor) and name != "x_adv"}
+        return pandas.DataFrame({name: column.cpu().numpy() for name, column in rows.items()})
+
     def __getitem__(self, index: Any) -> RadiusResult:
         """The results of some of the rows."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
