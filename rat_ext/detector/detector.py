@@ -102,8 +102,9 @@ class Detector:
         Args:
             model: callable from (N, ...) inputs to (N, C) logits, C >= 2, or to an object with
                 ``.logits``.
-            loader: yields (x, target, ...) that the model was not trained on; the same in every
-                pass, unless the score needs no fit. A target of -1 is never predicted right.
+            loader: yields (x, target, ...), or mappings with "pixel_values" and "labels", that the
+                model was not trained on; the same in every pass, unless the score needs no fit. A
+                target of -1 is never predicted right.
             score: a score, which is copied, or the name of one: in `rat_ext.scores.names()`, or
                 "cascade" for a `Cascade` with its defaults. Of several the one with the smallest
                 AURC on the ``tune_share`` is taken; "auto" stands for msr, margin, energy and

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import RandomSampler
 
+from .._common.loaders import labelled
 from .._common.storage import raw_bytes
 
 _ADVICE = (
@@ -41,9 +42,7 @@ class Split:
         generator = torch.Generator().manual_seed(self.seed)
         checksums = []
         for batch in self.loader:
-            if not isinstance(batch, tuple | list) or len(batch) < 2:
-                raise ValueError("the loader must yield (x, target, ...): fitting needs targets")
-            x, target = batch[0], torch.as_tensor(batch[1])
+            x, target = labelled(batch)
             checksums.append(zlib.crc32(raw_bytes(target), zlib.crc32(raw_bytes(x))))
             if (
                 self.checksums

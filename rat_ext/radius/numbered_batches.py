@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
@@ -15,6 +14,9 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
 )
+
+from .._common.loaders import inputs_and_targets
+from .._common.storage import raw_bytes
 
 
 class NumberedBatches:
@@ -69,8 +71,8 @@ class NumberedBatches:
         if not self.by_index:
             return None
         for batch in self._with(_Wanted(self._sampler, lambda i: i == 0, last=0), num_workers=0):
-            x = batch[0] if isinstance(batch, tuple | list) else batch
-            return hashlib.sha256(x.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+            x, _ = inputs_and_targets(batch)
+            return hashlib.sha256(raw_bytes(x)).hexdigest()
         raise ValueError("the loader gave no batch")
 
     @property

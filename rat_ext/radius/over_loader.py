@@ -73,7 +73,8 @@ def robust_radii(
     Args:
         model: as in `robust_radius`. Resuming with other weights is refused; those of a callable
             that is not a module cannot be compared.
-        loader: yields (x, target, ...) or x alone.
+        loader: yields (x, target, ...), x alone, or mappings with "pixel_values" and, if there are
+            targets, "labels", as with Hugging Face's transformers.
         device: where to move the inputs; default the device of the model's first parameter.
         progress: show a tqdm bar on standard error.
         out: folder to write to; one run in each. Default: the results are kept in memory.

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._common.loaders import inputs_and_targets
 from .._common.storage import fingerprint, locked, remove_leftovers
 from .._common.user_model import Model
 from .._core import __version__
@@ -137,9 +138,9 @@ def batch_radii(
     model: Model, batch: Any, device: torch.device | str | None, options: SearchOptions
 ) -> tuple[RadiusResult, Tensor | None]:
     """The result for one batch of a loader, and the batch's targets on the CPU, if it has any."""
-    x, *rest = batch if isinstance(batch, tuple | list) else (batch,)
+    x, target = inputs_and_targets(batch)
     result = robust_radius(model, x.to(device), full=True, **options)
-    return result, torch.as_tensor(rest[0]).cpu() if rest else None
+    return result, None if target is None else target.cpu()
 
 
 def _columns(

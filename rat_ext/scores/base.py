@@ -86,8 +86,8 @@ class Score(ABC):
 
         Args:
             model: as in `score`.
-            loader: yields (x, target, ...): (N, ...) inputs and (N,) class indices that the model
-                was not trained on.
+            loader: yields (x, target, ...), or mappings with "pixel_values" and "labels": (N, ...)
+                inputs and (N,) class indices that the model was not trained on.
             progress: show a tqdm bar on standard error.
         """
         return self
