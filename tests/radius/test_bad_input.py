@@ -6,6 +6,7 @@ import math
 import warnings
 
 import pytest
+import torch
 from helpers import RowExact, uniform
 from torch import Tensor, nn
 
@@ -90,3 +91,11 @@ def test_no_warning_without_cause():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         robust_radius(RowExact(), X)
+
+
+def test_a_model_that_holds_on_to_a_tensor_of_the_batch_is_told():
+    """It runs on some of the rows alone, where its shapes do not fit, or have too many rows."""
+    model, x = RowExact(), uniform(8, 12)
+    shift = torch.zeros(8, 4, dtype=x.dtype)
+    with pytest.raises(ValueError, match=r"\(8, 4\) for 1 inputs.*a tensor of the whole batch"):
+        robust_radius(lambda z: model(z) + shift, x, batch_size=1)
