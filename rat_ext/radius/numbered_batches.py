@@ -25,11 +25,13 @@ class NumberedBatches:
     Attributes:
         length: how many batches, where that is known beforehand.
         samples: how many the data set has, where that is known.
+        read: makes of a batch what `inputs_and_targets` takes.
         total: how many there were, after `batches` has come to its end.
     """
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, batch_fn: Callable[[Any], Any] | None = None) -> None:
         self.loader, self.total = loader, 0
+        self.read = batch_fn or (lambda batch: batch)
         # Loaders that iterate in their own way, and streams, are read to be passed over.
         self.by_index = (
             isinstance(loader, DataLoader)
@@ -57,13 +59,13 @@ class NumberedBatches:
             for number, batch in enumerate(self.loader):
                 self.total = number + 1
                 if wanted(number):
-                    yield number, batch
+                    yield number, self.read(batch)
             return
         sampler = _Wanted(self._sampler, wanted)
         # The loader samples ahead of the batches that it gives, so they are counted anew.
         numbers = filter(wanted, itertools.count())
         for batch in self._with(sampler):
-            yield next(numbers), batch
+            yield next(numbers), self.read(batch)
         self.total = sampler.total
 
     def first_batch(self) -> str | None:
@@ -71,7 +73,7 @@ class NumberedBatches:
         if not self.by_index:
             return None
         for batch in self._with(_Wanted(self._sampler, lambda i: i == 0, last=0), num_workers=0):
-            x, _ = inputs_and_targets(batch)
+            x, _ = inputs_and_targets(self.read(batch))
             return hashlib.sha256(raw_bytes(x)).hexdigest()
         raise ValueError("the loader gave no batch")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -26,6 +26,7 @@ def robust_radii(
     *,
     device: torch.device | str | None = ...,
     progress: bool = ...,
+    batch_fn: Callable[[Any], Any] | None = ...,
     out: None = ...,
     **options: Unpack[SearchOptions],
 ) -> LoaderRadii: ...
@@ -36,6 +37,7 @@ def robust_radii(
     *,
     device: torch.device | str | None = ...,
     progress: bool = ...,
+    batch_fn: Callable[[Any], Any] | None = ...,
     out: str | Path,
     resume: bool = ...,
     batches_per_shard: int = ...,
@@ -49,6 +51,7 @@ def robust_radii(
     *,
     device: torch.device | str | None = None,
     progress: bool = True,
+    batch_fn: Callable[[Any], Any] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     batches_per_shard: int = 16,
@@ -77,6 +80,7 @@ def robust_radii(
             targets, "labels", as with Hugging Face's transformers.
         device: where to move the inputs; default the device of the model's first parameter.
         progress: show a tqdm bar on standard error.
+        batch_fn: for a loader that yields something else: makes one of these from a batch.
         out: folder to write to; one run in each. Default: the results are kept in memory.
         resume: go on with the run in ``out``, if there is one.
         batches_per_shard: how many batches a kill can cost at most, in each process.
@@ -111,6 +115,7 @@ def robust_radii(
             format=format,
             device=device,
             progress=progress,
+            batch_fn=batch_fn,
             options=options,
         )
     if resume:
@@ -121,6 +126,7 @@ def robust_radii(
     predictions: list[Tensor] = []
     targets: list[Tensor] = []
     for batch in tqdm(loader, desc="robust radius", unit="batch", disable=not progress):
+        batch = batch_fn(batch) if batch_fn else batch
         result, target = batch_radii(model, batch, device, options)
         radii.append(result.radius.cpu())
         predictions.append(result.prediction.cpu())

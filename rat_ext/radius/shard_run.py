@@ -56,11 +56,12 @@ def write_radii(
     format: str,
     device: torch.device | str | None,
     progress: bool,
+    batch_fn: Callable[[Any], Any] | None,
     options: SearchOptions,
 ) -> RadiusShards:
     """`robust_radii` with ``out``, which see."""
     folder = Path(out)
-    source = NumberedBatches(loader)
+    source = NumberedBatches(loader, batch_fn)
     manifest = _manifest(model, source, batches_per_shard, format, options)
     with ExitStack() as stack:
 

@@ -60,3 +60,25 @@ def test_batches_that_say_too_little():
         inputs_and_targets(([1, 2], T))
     with pytest.raises(ValueError, match="'pixel_values' and 'labels': fitting needs the targets"):
         scores.get("odin").fit(RowExact(), [{"pixel_values": X}], progress=False)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_batch_fn_reads_other_batches(on_disk, tmp_path):
+    plain, _ = loaders()
+    expected = robust_radii(RowExact(), plain, progress=False)
+    odd = torch.utils.data.DataLoader(
+        [{"image": x, "class": t} for x, t in zip(X, T, strict=True)], batch_size=16
+    )
+    out = {"out": tmp_path / "run"} if on_disk else {}
+    for loader in (odd, iter(odd)):  # batches by number, and one after the other
+        radii = robust_radii(
+            RowExact(),
+            loader,
+            batch_fn=lambda batch: (batch["image"], batch["class"]),
+            progress=False,
+            **out,
+        )
+        radii = radii.load() if on_disk else radii
+        for a, b in zip(radii, expected, strict=True):
+            assert torch.equal(a, b)
+        out = {"out": tmp_path / "again"} if on_disk else {}
