@@ -109,6 +109,19 @@ def test_rows_that_are_not_finite_and_sweeps():
     torch.testing.assert_close(swept.radius, clean[others], rtol=1e-2, atol=0)
 
 
+def test_where_a_logit_is_infinite_there_is_no_radius():
+    model, x = RowExact(), uniform(4, 12)
+
+    def infinite(z):
+        return torch.cat([model(z), torch.full((len(z), 1), -math.inf).to(z)], 1)
+
+    target = model(x).argmax(1)  # radius 0, if it were finite
+    with pytest.warns(RuntimeWarning, match="4 of 4 rows"):
+        result = robust_radius(infinite, x, target=target, full=True)
+    assert result.radius.isnan().all()
+    assert not result.found.any()
+
+
 X = uniform(4, 12)
 
 
