@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-
 __all__ = [
     "Estimate",
     "RiskCoverage",
