@@ -43,7 +43,11 @@ def add(commands: Commands) -> None:
     fit.add_argument("--out", type=Path, required=True, help="file to write: .safetensors")
     add_classifier(fit)
     _add_detector_data(fit)
-    fit.add_argument("--score", default="rr-bs", help="name of the confidence score")
+    fit.add_argument(
+        "--score",
+        default="rr-bs",
+        help="name of the confidence score, or auto: the best of several",
+    )
     fit.add_argument(
         "--cascade", metavar="CHEAP", help="cheap score to use wherever it settles the decision"
     )

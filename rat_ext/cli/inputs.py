@@ -56,7 +56,7 @@ def add_search_options(parser: argparse._ActionsContainer, *names: str) -> None:
             how = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         elif kind is bool:
             flag, how = f"--no-{name}", {"dest": name, "action": "store_const", "const": False}
-        text = option.help.rstrip(".").replace("`", "").replace("%", "%%")
+        text = (option.flag_help or option.help).rstrip(".").replace("`", "").replace("%", "%%")
         parser.add_argument(flag, default=option.default, help=text, **how)
 
 

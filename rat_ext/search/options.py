@@ -58,6 +58,8 @@ class Option:
     help: str
     complaint: Callable[[Any], str | None] = lambda value: None
     """What is wrong with a value, for an error; None if nothing is."""
+    flag_help: str | None = None
+    """The help on the command line, where it can give less than Python."""
     type: Any = None
     """Filled in from the annotation."""
 
@@ -110,6 +112,7 @@ class SearchOptions(TypedDict, total=False):
             "smallest and largest value of an input element: two numbers, or tensors that "
             "broadcast to a row of x, for bounds of each feature. An end that is None or infinite "
             "is none, and so is ``bounds=None``: there the ray is not clipped.",
+            flag_help="smallest and largest value of an input element",
         ),
     ]
     temperature: Annotated[
@@ -183,6 +186,8 @@ class SearchOptions(TypedDict, total=False):
             '"runner-up": at the second most likely class at x; any change of the prediction still '
             "counts. An integer tensor (N,): at a class for each sample, and nothing but a "
             "prediction of that class counts; radius 0 where it is predicted already.",
+            flag_help="direct fgsm and pgd at the second most likely class instead of away from "
+            "the prediction; any change of the prediction still counts",
         ),
     ]
     tf32: Annotated[
@@ -193,6 +198,8 @@ class SearchOptions(TypedDict, total=False):
             "default radii are those of the model as torch is set to run it, which on NVIDIA's "
             "Ampere and later is TF32 for convolutions: coarser (docs/measurements/precision.md).",
             _tf32,
+            "multiply float32 numbers in float32 on a GPU, where torch's default is the coarser "
+            "TF32 for convolutions",
         ),
     ]
     steps: Annotated[
