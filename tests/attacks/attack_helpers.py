@@ -6,12 +6,21 @@ import importlib.util
 import math
 
 import pytest
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rat_ext import attacks
 from rat_ext.search.attack import ATTACKS, BEST
 
 OURS = ["fgsm", "fgsm_l2", "pgd", "pgd_l2"]
+SEARCHES = {
+    "n": st.integers(1, 12),
+    "classes": st.integers(2, 6),
+    "rtol": st.sampled_from([0.1, 1e-2, 1e-6]),
+    "batch_size": st.sampled_from([None, 5]),
+    "seed": st.integers(0, 1000),
+}
+"""Drawn for the properties of any search."""
 
 
 def needs(*names: str) -> list:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from attack_helpers import ALL, OURS, Recorder, blob, distance
+from attack_helpers import ALL, OURS, SEARCHES, Recorder, blob, distance
 from helpers import RowExact, assert_identical, cnn, mlp, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,13 +33,7 @@ def assert_points_are_right(model, x, result, bounds=(0.0, 1.0), rounding=1e-12)
 
 @pytest.mark.parametrize("attack", [*ALL, pytest.param(blob, id="function")])
 @settings(deadline=None, max_examples=8)
-@given(
-    n=st.integers(1, 12),
-    classes=st.integers(2, 6),
-    rtol=st.sampled_from([0.1, 1e-2, 1e-6]),
-    batch_size=st.sampled_from([None, 5]),
-    seed=st.integers(0, 1000),
-)
+@given(**SEARCHES)
 def test_points_are_within_upper_and_of_the_class(attack, n, classes, rtol, batch_size, seed):
     model, x = RowExact(classes=classes, seed=seed), uniform(n, 12, seed=seed)
     options = {"attack": attack, "rtol": rtol, "batch_size": batch_size}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from attack_helpers import OURS, Recorder, blob
+from attack_helpers import OURS, SEARCHES, Recorder, blob
 from helpers import FIELDS, RowExact, mlp, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,13 +22,7 @@ def targets(n: int, classes: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("attack", OURS)
 @settings(deadline=None, max_examples=15)
-@given(
-    n=st.integers(1, 12),
-    classes=st.integers(2, 6),
-    rtol=st.sampled_from([0.1, 1e-2, 1e-6]),
-    batch_size=st.sampled_from([None, 5]),
-    seed=st.integers(0, 1000),
-)
+@given(**SEARCHES)
 def test_only_the_target_counts(attack, n, classes, rtol, batch_size, seed):
     model, x = RowExact(classes=classes, seed=seed), uniform(n, 12, seed=seed)
     target = targets(n, classes, seed)
