@@ -121,3 +121,8 @@ def check_device(model: Model, x: Tensor) -> None:
 def wide(logits: Tensor) -> Tensor:
     """Logits in float64, in which the softmax of a confident prediction is not yet 1."""
     return logits.float() if logits.device.type == "mps" else logits.double()
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in which probabilities and losses can be computed: half precision is widened."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -56,3 +56,12 @@ def mixup(x: Tensor, t: Tensor, alpha: float, classes: int) -> tuple[Tensor, Ten
     onehot = F.one_hot(t, classes).to(x.dtype)
     # Rounding may leave the bounds of the pixels, which the RAT loss checks.
     return torch.lerp(x[order], x, weight).clamp_(0, 1), torch.lerp(onehot[order], onehot, weight)
+
+
+def smoothed(t: Tensor, share: float, classes: int) -> Tensor:
+    """(N, classes) probabilities: targets of which a share is spread over all classes.
+
+    Label smoothing (Szegedy et al., CVPR 2016) of (N,) classes, or of (N, classes) probabilities.
+    """
+    probabilities = t if t.is_floating_point() else F.one_hot(t, classes).float()
+    return torch.lerp(probabilities, torch.full_like(probabilities, 1 / classes), share)

@@ -21,6 +21,7 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
     "data": (dict, NoneType),  # absent in files of older versions, as are those below
     "classes": (list, NoneType),
     "name": (str, NoneType),
+    "correctness": (torch.Tensor, NoneType),
 }
 
 

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .._common.storage import raw_bytes
 from ..datasets import Images, Labelled
+from .recipe import Recipe
 
 _SAMPLES = 32
 """How many samples of a data set are looked at, evenly spread. Each may be a file to decode."""
@@ -38,8 +40,10 @@ def check(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
     What one of the two does not tell, such as a checkpoint of an older version, is not compared.
     """
+    # What an older version did not know had the effect of its default.
+    recipe = {**asdict(Recipe()), **was["recipe"]}
     for what, changes in (
-        ("another recipe", _values(was["recipe"], now["recipe"], list(now["recipe"]))),
+        ("another recipe", _values(recipe, now["recipe"], list(now["recipe"]))),
         ("other data", _data(was, now)),
         ("another model", _model(was, now)),
     ):

@@ -26,7 +26,7 @@ class Trained(NamedTuple):
     """What `train` returns."""
 
     model: nn.Module
-    """The model that was given, with its final weights (the averaged ones with ``ema``)."""
+    """The model that was given, with its final weights (averaged with ``ema`` or ``swa``)."""
     history: list[dict[str, float]]
     """For each epoch: epoch, lr, loss and accuracy (on what was trained on: mixed and augmented),
     and validation_accuracy."""
@@ -107,8 +107,8 @@ def train(
                         writer.add_scalar(name, value, int(row["epoch"]))
         if writer is not None:
             writer.close()
-        if run.ema is not None:
-            model.load_state_dict(run.ema.module.state_dict())
+        if run.result is not model:
+            model.load_state_dict(run.result.state_dict())
     return Trained(model.eval(), run.history)
 
 

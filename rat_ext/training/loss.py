@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._common.bounds import Bounds
-from .._common.user_model import check_device, logits_of
+from .._common.user_model import at_least_float32, check_device, logits_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,14 @@ class RATLoss:
             f"step_size={self.step_size})"
         )
 
-    def __call__(self, model: nn.Module, x: Tensor, t: Tensor) -> RATLossOutput:
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        t: Tensor,
+        *,
+        extra: Callable[[Tensor], Tensor] | None = None,
+    ) -> RATLossOutput:
         """The loss of `model` on inputs x with targets t.
 
         Args:
@@ -96,6 +104,8 @@ class RATLoss:
             x: (N, ...) floating-point inputs within ``bounds`` (checked on the first call).
             t: (N,) int64 classes, or (N, C) class probabilities (mixup); then a sample is right if
                 the prediction is the most probable class.
+            extra: another loss, a function of the (N, C) logits at x, to add to the clean term. The
+                perturbation is without it. It costs one more backward pass.
 
         Raises:
             TypeError: the model is not an nn.Module, x is not floating-point.
@@ -111,11 +121,21 @@ class RATLoss:
             logits = logits_of(model(leaf), len(x))
             if not torch.is_floating_point(t):
                 _check_classes(t, logits)
-            values = logits.float() if logits.dtype.itemsize < 4 else logits
+            values = at_least_float32(logits)
             clean = F.cross_entropy(values, t)
             seed = _cross_entropy_gradient(values.detach(), t).to(logits.dtype)
             wanted = parameters if training else []
             gradient, kept = None, []
+            added = None
+            if extra is not None:
+                own = values.detach().requires_grad_()
+                more = extra(own)
+                clean = clean + more.detach()
+                if wanted:
+                    (more_seed,) = torch.autograd.grad(more, own)
+                    added = torch.autograd.grad(
+                        logits, wanted, more_seed.to(logits.dtype), True, allow_unused=True
+                    )
             if logits.requires_grad:
                 gradient, *kept = torch.autograd.grad(
                     logits, [leaf, *wanted], seed, allow_unused=True
@@ -127,6 +147,9 @@ class RATLoss:
                     "detach? Train it with plain cross-entropy, or let gradients reach the input"
                 )
         clean = clean.detach()
+        if added is not None:
+            pairs = zip(kept, added, strict=True)
+            kept = [a if b is None else b if a is None else a + b for a, b in pairs]
 
         with torch.no_grad():
             target = t.argmax(1) if torch.is_floating_point(t) else t
@@ -202,8 +225,7 @@ def _cross_entropy_gradient(logits: Tensor, t: Tensor) -> Tensor:
 def _input_gradient(model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
     leaf = x.detach().requires_grad_()
     logits = logits_of(model(leaf), len(x))
-    values = logits.detach()
-    values = values.float() if values.dtype.itemsize < 4 else values
+    values = at_least_float32(logits.detach())
     seed = _cross_entropy_gradient(values, t).to(logits.dtype)
     return torch.autograd.grad(logits, leaf, seed)[0]
 

@@ -48,6 +48,22 @@ class Recipe:
     """Autocast to bfloat16."""
     ema: float = 0.0
     """Decay of the exponential moving average of the weights that is returned; 0 for none."""
+    swa: int = 0
+    """Last epochs whose final weights are averaged (SWA, Izmailov et al., UAI 2018); the average is
+    returned, with the batch normalisation statistics of the training images. 0 for none."""
+    swa_lr: float = 0.02
+    """Learning rate of those epochs; before them it falls to this one along the cosine."""
+    sam: float = 0.0
+    """How far away SAM (Foret et al., ICLR 2021) looks for the worst weights: 0.05 is usual; 0 for
+    none. A step costs twice as much. With ``swa`` this is FMFP (Zhu et al., ECCV 2022)."""
+    crl: float = 0.0
+    """Weight of the correctness ranking loss (Moon et al., ICML 2020); 0 for none."""
+    label_smoothing: float = 0.0
+    """Share of a target that is spread over all classes; 0 for none."""
+    logit_norm: float = 0.0
+    """Temperature of logit normalisation (Wei et al., ICML 2022): training sees logits divided by
+    their length and by this; 0.04 is usual on CIFAR-10, 0 for none. The net that is returned gives
+    its logits as they are."""
     seed: int = 0
     """Of the order of the samples, augmentation, mixup and dropout. Not of the initial weights."""
 
@@ -61,17 +77,26 @@ class Recipe:
             if (value := getattr(self, name)) not in allowed:
                 known = " or ".join(map(repr, allowed))
                 raise ValueError(f"{name} is {value!r}; expected {known}")
-        for name, least in (("epochs", 1), ("batch_size", 1), ("warmup", 0), ("mixup_off", 0)):
+        smallest = {"epochs": 1, "batch_size": 1, "warmup": 0, "mixup_off": 0, "swa": 0}
+        for name, least in smallest.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr is {self.lr}; it must be positive")
-        for name in ("momentum", "ema"):
+        for name in ("lr", "swa_lr"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} is {value}; it must be positive")
+        for name in ("momentum", "ema", "label_smoothing"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; it must be from 0 to below 1")
-        for name in ("weight_decay", "mixup"):
+        for name in ("weight_decay", "mixup", "sam", "crl", "logit_norm"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} is {value}; it must not be negative")
+        if self.swa > self.epochs - self.warmup:
+            raise ValueError(
+                f"swa is {self.swa}; there are {self.epochs} epochs, {self.warmup} of warm-up"
+            )
+        for one, other in (("ema", "swa"), ("crl", "mixup")):
+            if getattr(self, one) and getattr(self, other):
+                raise ValueError(f"{one} and {other} are both given; only one of them can be")
         self.criterion()
 
     def criterion(self) -> RATLoss:

@@ -15,14 +15,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm.auto import tqdm
 
-from .._common.user_model import logits_of
+from .._common.user_model import at_least_float32, logits_of
 from ..datasets import Labelled, batches
 from . import checkpoint, identity
-from .augmentation import AUGMENTATIONS, mixup
+from .augmentation import AUGMENTATIONS, mixup, smoothed
+from .crl import CorrectnessHistory, correctness_ranking
+from .logit_norm import LogitNormalized
 from .recipe import Recipe
+from .sam import at_worst_weights
 
 
 class Run:
@@ -52,11 +55,17 @@ class Run:
             settings |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
         optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[recipe.optimizer]
         self.optimizer = optimizer(model.parameters(), **settings)
-        self.ema = None
+        self.average = None
+        """Of the weights, with ema or swa."""
         if recipe.ema:
-            average = get_ema_multi_avg_fn(recipe.ema)
-            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            decayed = get_ema_multi_avg_fn(recipe.ema)
+            self.average = AveragedModel(model, multi_avg_fn=decayed, use_buffers=True)
+        elif recipe.swa:
+            self.average = AveragedModel(model)
+        self.correctness = CorrectnessHistory(len(data)) if recipe.crl else None
         self.criterion = recipe.criterion()
+        if recipe.logit_norm:
+            self.parallel = LogitNormalized(self.parallel, recipe.logit_norm)
 
     def train_epoch(self, workers: int, bar: tqdm[Any]) -> dict[str, float]:
         """One epoch, whose random numbers depend on the recipe's seed and the epoch alone."""
@@ -80,51 +89,95 @@ class Run:
             if self.recipe.mixup and self.epoch < self.recipe.epochs - self.recipe.mixup_off:
                 x, t = mixup(x, t, self.recipe.mixup, len(self.data.classes))
             self.optimizer.zero_grad()
-            loss, logits = self._loss(x, t)
+            index = whole[step, share]
+            loss, logits = self._loss(x, t, index)
             if not loss.requires_grad:
                 raise ValueError(
                     "the loss does not depend on the model's parameters through autograd, so there "
                     "is nothing to train. Is the model's forward under no_grad, or does it detach?"
                 )
             loss.backward()
+            if self.recipe.sam:
+                with at_worst_weights(self.model, self.recipe.sam):
+                    self.optimizer.zero_grad()
+                    self._loss(x, t, index)[0].backward()
             self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update_parameters(self.model)
-            target = t if t.ndim == 1 else t.argmax(1)
-            right = (logits.argmax(1) == target).sum()
+            if self.recipe.ema and self.average is not None:
+                self.average.update_parameters(self.model)
+            right = logits.argmax(1) == (t if t.ndim == 1 else t.argmax(1))
+            if self.correctness is not None:
+                self.correctness.see(index, right)
+            right = right.sum()
             totals += torch.stack([loss.detach() * len(x), right, right.new_tensor(len(x))])
             bar.update()
-        self._average_buffers()
+        self._average_buffers(self.model)
         total, correct, samples = self._summed(totals)
         if not math.isfinite(total):
             raise FloatingPointError(
                 f"the loss is {total} in epoch {self.epoch + 1}; lower lr (now {self.recipe.lr}) "
                 "or use warmup"
             )
+        if self.correctness is not None:
+            self.correctness.add(self._added(self.correctness.end_epoch()))
+        if self.average is not None and self.epoch >= self.recipe.epochs - self.recipe.swa:
+            self.average.update_parameters(self.model)
+            self._renew_statistics(workers)
         self.epoch += 1
         row = {"loss": total / samples, "accuracy": correct / samples}
         return {"epoch": self.epoch, "lr": lr, **row}
 
-    def _loss(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, x: Tensor, t: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, samples ``index`` of the data, and its detached logits."""
+        if self.recipe.label_smoothing:
+            t = smoothed(t, self.recipe.label_smoothing, len(self.data.classes))
+        ranking = None
+        if self.correctness is not None:
+            shares = self.correctness.shares(index).to(self.device)
+
+            def ranking(logits: Tensor) -> Tensor:
+                return self.recipe.crl * correctness_ranking(logits, shares)
+
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             if self.recipe.loss == "rat":
-                output = self.criterion(self.parallel, x, t)
+                output = self.criterion(self.parallel, x, t, extra=ranking)
                 return output.loss, output.logits
             logits = logits_of(self.parallel(x), len(x))
-            return F.cross_entropy(logits.float(), t), logits.detach()
+            loss = F.cross_entropy(at_least_float32(logits), t)
+            return loss if ranking is None else loss + ranking(logits), logits.detach()
 
     def learning_rate(self, step: int) -> float:
         """Of the step with this number, from 0."""
         warmup = self.recipe.warmup * self.batches_per_epoch
         if step < warmup:
             return self.recipe.lr * (step + 1) / (warmup + 1)
-        falling = self.recipe.epochs * self.batches_per_epoch - warmup
-        return self.recipe.lr * (1 + math.cos(math.pi * (step - warmup) / falling)) / 2
+        falling = (self.recipe.epochs - self.recipe.swa) * self.batches_per_epoch - warmup
+        least = self.recipe.swa_lr if self.recipe.swa else 0.0
+        if step >= warmup + falling:
+            return least
+        share = (1 + math.cos(math.pi * (step - warmup) / falling)) / 2
+        return least + (self.recipe.lr - least) * share
+
+    @property
+    def result(self) -> nn.Module:
+        """The model that would be returned now: the average, as soon as there is one."""
+        if self.average is None or not self.average.n_averaged:
+            return self.model
+        module: nn.Module = self.average.module
+        return module
+
+    def _renew_statistics(self, workers: int) -> None:
+        """Give averaged weights their own statistics of batch normalisation."""
+        assert self.average is not None
+        index = torch.arange(self.rank, len(self.data), self.world)
+        parts = [part.tolist() for part in torch.split(index, self.batch_size)]
+        loader = batches(self.data, parts, workers, self.device)
+        update_bn((x for x, _ in loader), self.average, self.device)
+        self._average_buffers(self.average)
 
     @torch.no_grad()
     def accuracy(self, data: Labelled, workers: int) -> float:
         """Of the model that would be returned now."""
-        model = (self.model if self.ema is None else self.ema.module).eval()
+        model = self.result.eval()
         index = torch.arange(self.rank, len(data), self.world)
         loader = batches(
             data, [part.tolist() for part in torch.split(index, 512)], workers, self.device
@@ -138,15 +191,19 @@ class Run:
 
     def _summed(self, totals: Tensor) -> list[float]:
         """Over all processes."""
-        totals = totals.double()
-        if self.world > 1:
-            dist.all_reduce(totals)
-        return [float(total) for total in totals]
+        return [float(total) for total in self._added(totals.double())]
 
-    def _average_buffers(self) -> None:
+    def _added(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.world > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values
+
+    def _average_buffers(self, model: nn.Module) -> None:
         """Give all processes the same batch normalisation."""
         if self.world > 1:
-            for buffer in self.model.buffers():
+            for buffer in model.buffers():
                 if buffer.is_floating_point():
                     dist.all_reduce(buffer)
                     buffer /= self.world
@@ -167,13 +224,16 @@ class Run:
         Raises:
             OSError: they cannot be written. The last checkpoint is kept.
         """
+        average = self.average
         state = {
             **self.identity,
             "epoch": self.epoch,
             "history": self.history,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            # None before the first average: then the model itself is what there is.
+            "ema": average.state_dict() if average is not None and average.n_averaged else None,
+            "correctness": None if self.correctness is None else self.correctness.counts,
         }
         checkpoint.write_tensors(path, state)
         checkpoint.write(path.with_name("history.csv"), self._write_history)
@@ -199,8 +259,10 @@ class Run:
             self.epoch, self.history = int(state["epoch"]), list(state["history"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
+            if self.average is not None and state["ema"] is not None:
+                self.average.load_state_dict(state["ema"])
+            if self.correctness is not None:
+                self.correctness.counts = state["correctness"]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise checkpoint.damaged(path, error) from error
 

@@ -64,6 +64,12 @@ EVERYTHING = Recipe(
 )  # fmt: skip
 
 
+RIVALS = Recipe(
+    epochs=4, batch_size=64, lr=0.05, eps=0.05, swa=4, swa_lr=0.01, sam=0.05, crl=1.0,
+    label_smoothing=0.1, logit_norm=0.1,
+)  # fmt: skip
+
+
 class Killed(Exception):
     pass
 
@@ -78,21 +84,24 @@ class Killer(datasets.Images):
         return super().__getitem__(index)
 
 
-def test_resumes_bit_for_bit_after_a_kill(digits: datasets.Splits, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", [EVERYTHING, RIVALS], ids=["everything", "rivals"])
+def test_resumes_bit_for_bit_after_a_kill(
+    digits: datasets.Splits, tmp_path: Path, recipe: Recipe
+) -> None:
     data = digits.train
-    whole = train(network(), data, EVERYTHING, validation=digits.test, progress=False)
+    whole = train(network(), data, recipe, validation=digits.test, progress=False)
 
     killer = Killer(data.pixels, data.targets, data.classes)
     with pytest.raises(Killed):
-        train(network(), killer, EVERYTHING, validation=digits.test, out=tmp_path, progress=False)
+        train(network(), killer, recipe, validation=digits.test, out=tmp_path, progress=False)
     assert len((tmp_path / "history.csv").read_text().splitlines()) == 2
     model = network(seed=9)  # its weights come from the checkpoint
-    resumed = train(model, data, EVERYTHING, validation=digits.test, out=tmp_path, progress=False)
+    resumed = train(model, data, recipe, validation=digits.test, out=tmp_path, progress=False)
     assert resumed.history == whole.history
     assert_same(resumed.model, whole.model)
     assert len((tmp_path / "history.csv").read_text().splitlines()) == 5
 
-    again = train(network(), data, EVERYTHING, out=tmp_path, progress=False)  # nothing to do
+    again = train(network(), data, recipe, out=tmp_path, progress=False)  # nothing to do
     assert_same(again.model, whole.model)
 
 
@@ -272,9 +281,11 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("loss", ["ce", "rat"])
+@pytest.mark.parametrize(
+    ("loss", "more"), [("ce", {}), ("rat", {}), ("rat", {"sam": 0.05, "swa": 1})]
+)
 def test_two_processes_make_the_steps_of_one(
-    digits: datasets.Splits, tmp_path: Path, loss: str
+    digits: datasets.Splits, tmp_path: Path, loss: str, more: dict[str, float]
 ) -> None:
     data = datasets.Images(
         digits.train.pixels[:101].double(), digits.train.targets[:101], digits.train.classes
@@ -283,7 +294,7 @@ def test_two_processes_make_the_steps_of_one(
     # Plain SGD: the steps are the gradients. In float64, so that a difference is not rounding.
     recipe = Recipe(
         loss=loss, epochs=2, batch_size=20, lr=0.1, momentum=0, weight_decay=0, eps=0.05,
-        augment="crop",
+        augment="crop", **more,
     )  # fmt: skip
     initial = {
         "model": model.state_dict(),
