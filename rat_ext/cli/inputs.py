@@ -1,198 +1,187 @@
-"""What several commands take: data, a device, a model; and the options for them."""
+"""What several commands take: data, a device, a model, the options of a search."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, cast, get_args, get_origin
 
 import torch
 import torch.distributed as dist
+from tyro.conf import arg
 
 from .. import datasets, models
 from ..datasets import batches
 from ..search.options import OPTIONS, SearchOptions
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+# What is off or not there unless it is given has no default to show.
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+OptionalName = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
+
+_Settings = TypeVar("_Settings")
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the lines of a description as they are."""
+class Command(Protocol):
+    """A command with its options, which are the fields of a dataclass."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        # Not given, a flag, or an empty list; but 0 is a default like any other.
-        if action.default is None or action.default is False or action.default == []:
-            return action.help
-        return super()._get_help_string(action)
+    def run(self) -> None: ...
 
 
-def add_fields(group: argparse._ArgumentGroup, settings: type, helps: dict[str, str]) -> None:
-    """An option for each field of a dataclass."""
-    for field in fields(settings):
-        flag, text = f"--{field.name.replace('_', '-')}", helps[field.name]
-        if isinstance(field.default, bool):
-            group.add_argument(flag, action="store_true", help=text)
-        else:
-            group.add_argument(flag, type=type(field.default), default=field.default, help=text)
+@dataclass(frozen=True)
+class Device:
+    """Where a command runs."""
+
+    device: OptionalName = None
+    """cpu or cuda (default: cuda if there is one)"""
+    threads: OptionalInt = None
+    """threads on the CPU (default: as torch is set)"""
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[tuple[torch.device, int]]:
+        """The device of this process, and its rank under torchrun (else 0)."""
+        if self.threads is not None:
+            if self.threads < 1:
+                raise ValueError(f"threads is {self.threads}; it must be at least 1")
+            torch.set_num_threads(self.threads)
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"device is {name!r}; expected cpu, cuda or cuda:1") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("no CUDA device is usable here (see rat-ext info); use --device cpu")
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            yield device, 0
+            return
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield device, dist.get_rank()
+        finally:
+            dist.destroy_process_group()
 
 
-def add_search_options(parser: argparse._ActionsContainer, *names: str) -> None:
-    """Options of `robust_radius`, by their definitions."""
+@dataclass(frozen=True)
+class Data:
+    """The images, and how they are loaded."""
+
+    data: str
+    """digits, cifar10, cifar100, svhn, imagenet, cifar10-c:fog:3, cifar100-c:fog:3,
+    imagenet-c:fog:3, folder:PATH or npz:PATH"""
+    root: Path = Path("data")
+    """folder of data sets"""
+    download: Flag = False
+    """let torchvision download the data set"""
+    limit: OptionalInt = None
+    """use this many images: a random sample, with its share of each class (default: all)"""
+    sample_seed: int = 0
+    """seed of the random order from which --limit takes the first images"""
+    workers: int = 0
+    """processes that load data beside the main one"""
+
+    def load(self, split: str, skip: int = 0) -> tuple[Any, Sequence[int]]:
+        """The images that were asked for, and their indices in the data set, which ascend.
+
+        The first images would be those of the first classes where a data set is sorted by class.
+        """
+        data = self.load_other(self.data, split)
+        if not 0 <= skip < len(data):
+            raise ValueError(f"skip is {skip}; it must be from 0 to {len(data) - 1}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; it must be at least 1")
+        if not skip and self.limit is None:
+            return data, range(len(data))
+        order = datasets.shuffled(data, self.sample_seed)
+        index = order[skip:][: self.limit].sort().values.tolist()
+        return datasets.subset(data, index), index
+
+    def load_other(self, name: str, split: str) -> Any:
+        """All of a data set of another name, from the same folder."""
+        return datasets.load(name, split, self.root, download=self.download)
+
+    def loader(self, data: Any, batch_size: int, device: torch.device) -> Any:
+        """Batches of the images, in their order."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        parts = [part.tolist() for part in torch.arange(len(data)).split(batch_size)]
+        return batches(data, parts, self.workers, device)
+
+
+MODEL = """digits-cnn, resnet20, resnet56, resnet110, resnet18, resnet18-w32, wrn-28-10,
+torchvision:NAME, timm:NAME or MODULE:FUNCTION, a function from the number of classes to the model
+"""
+PRETRAINED = "use the pretrained weights of torchvision or timm"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained model."""
+
+    checkpoint: OptionalFile = None
+    """weights of the model"""
+    model: Annotated[OptionalName, arg(help=f"{MODEL} (default: that of the checkpoint)")] = None
+    pretrained: Annotated[Flag, arg(help=PRETRAINED)] = False
+
+    @property
+    def name(self) -> str:
+        if self.checkpoint is None and not self.pretrained:
+            raise ValueError("give the --checkpoint of the model, or --pretrained")
+        name = self.model or (models.name_in(self.checkpoint) if self.checkpoint else None)
+        if name is None:
+            raise ValueError("the checkpoint does not name its model: give --model")
+        return name
+
+    def load(self, num_classes: int) -> torch.nn.Module:
+        """The trained model, in eval mode."""
+        pretrained = self.pretrained and not self.checkpoint
+        model = models.create(self.name, num_classes, pretrained=pretrained)
+        if self.checkpoint is not None:
+            models.load_weights(model, self.checkpoint)
+        return model.eval()
+
+
+def search(*names: str) -> type:
+    """A dataclass of options of `robust_radius`, by their definitions; see `searched`."""
+    fields = []
     for name in names:
         option = OPTIONS[name]
         kind = option.type
         if get_origin(kind) in (Union, UnionType):  # the first is what a command line can give
             kind = get_args(kind)[0]
-        flag = f"--{name.replace('_', '-')}"
-        how: dict[str, Any] = {"type": kind}
-        if get_origin(kind) is Literal:
-            how = {"choices": get_args(kind)}
-        elif get_origin(kind) is tuple:
-            how = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-        elif kind is bool:
-            flag, how = f"--no-{name}", {"dest": name, "action": "store_const", "const": False}
-        text = (option.flag_help or option.help).rstrip(".").replace("`", "").replace("%", "%%")
-        parser.add_argument(flag, default=option.default, help=text, **how)
+        text = (option.flag_help or option.help).replace("`", "")
+        how: dict[str, Any] = {"help": text}
+        if kind is bool:
+            name, kind, default = f"no_{name}", Flag, False
+        else:
+            default = option.default
+            if get_origin(kind) is tuple:
+                kind, how["metavar"] = tuple[float, float], "LOW HIGH"
+            elif default is None:
+                metavar = "|".join(get_args(kind)) if get_origin(kind) is Literal else kind.__name__
+                how |= {"help_behavior_hint": "", "metavar": metavar.upper()}
+                kind = kind | None
+        fields.append((name, Annotated[kind, arg(**how)], default))
+    return make_dataclass("Search", fields, frozen=True)
 
 
-def search_options(options: argparse.Namespace, *names: str) -> SearchOptions:
-    """What was given for the options that `add_search_options` added."""
-    given: Any = {name: getattr(options, name) for name in names}
-    given["bounds"] = tuple(options.bounds)
-    search: SearchOptions = given
-    return search
+def searched(options: Any) -> SearchOptions:
+    """What was given for the options of `search`."""
+    given = {
+        name.removeprefix("no_"): (False if value else None) if name.startswith("no_") else value
+        for name, value in vars(options).items()
+    }
+    return cast(SearchOptions, given)
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        required=True,
-        help="digits, cifar10, cifar100, svhn, imagenet, cifar10-c:fog:3, cifar100-c:fog:3, "
-        "imagenet-c:fog:3, folder:PATH or npz:PATH",
-    )
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of data sets")
-    parser.add_argument(
-        "--download", action="store_true", help="let torchvision download the data set"
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        help="use this many images: a random sample, with its share of each class (default: all)",
-    )
-    parser.add_argument(
-        "--sample-seed",
-        type=int,
-        default=0,
-        help="seed of the random order from which --limit takes the first images",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that load data beside the main one"
-    )
-    add_device(parser)
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--threads", type=int, help="threads on the CPU (default: as torch is set)")
-
-
-def add_model(parser: argparse.ArgumentParser, required: bool) -> None:
-    where = "" if required else " (default: that of the checkpoint)"
-    parser.add_argument(
-        "--model",
-        required=required,
-        help="digits-cnn, resnet20, resnet56, resnet110, wrn-28-10, torchvision:NAME, timm:NAME or "
-        f"MODULE:FUNCTION, a function from the number of classes to the model{where}",
-    )
-    parser.add_argument(
-        "--pretrained",
-        action="store_true",
-        help="use the pretrained weights of torchvision or timm",
-    )
-
-
-def add_classifier(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, help="weights of the model")
-    add_model(parser, required=False)
-
-
-def model_name(options: argparse.Namespace) -> str:
-    if options.checkpoint is None and not options.pretrained:
-        raise ValueError("give the --checkpoint of the model, or --pretrained")
-    name = options.model or (models.name_in(options.checkpoint) if options.checkpoint else None)
-    if name is None:
-        raise ValueError("the checkpoint does not name its model: give --model")
-    return name
-
-
-def load_classifier(options: argparse.Namespace, num_classes: int) -> tuple[str, torch.nn.Module]:
-    """The name of the trained model that was asked for, and the model."""
-    name = model_name(options)
-    model = models.create(
-        name, num_classes, pretrained=options.pretrained and not options.checkpoint
-    )
-    if options.checkpoint is not None:
-        models.load_weights(model, options.checkpoint)
-    return name, model.eval()
-
-
-def make_loader(options: argparse.Namespace, data: Any, device: torch.device) -> Any:
-    if options.batch_size < 1:
-        raise ValueError(f"batch_size is {options.batch_size}; it must be at least 1")
-    parts = [part.tolist() for part in torch.arange(len(data)).split(options.batch_size)]
-    return batches(data, parts, options.workers, device)
-
-
-def load_data(options: argparse.Namespace, split: str) -> Any:
-    """The images that were asked for."""
-    return load_part(options, split)[0]
-
-
-def load_part(options: argparse.Namespace, split: str) -> tuple[Any, Sequence[int]]:
-    """The images that were asked for, and their indices in the data set, which ascend.
-
-    The first images would be those of the first classes where a data set is sorted by class.
-    """
-    data = datasets.load(options.data, split, options.root, download=options.download)
-    skip = getattr(options, "skip", 0)
-    if not 0 <= skip < len(data):
-        raise ValueError(f"skip is {skip}; it must be from 0 to {len(data) - 1}")
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"limit is {options.limit}; it must be at least 1")
-    if not skip and options.limit is None:
-        return data, range(len(data))
-    order = datasets.shuffled(data, options.sample_seed)
-    index = order[skip:][: options.limit].sort().values.tolist()
-    return datasets.subset(data, index), index
-
-
-@contextlib.contextmanager
-def use_device(options: argparse.Namespace) -> Iterator[tuple[torch.device, int]]:
-    """The device of this process, and its rank under torchrun (else 0)."""
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"threads is {options.threads}; it must be at least 1")
-        torch.set_num_threads(options.threads)
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; expected cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is usable here (see rat-ext info); use --device cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield device, 0
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device, dist.get_rank()
-    finally:
-        dist.destroy_process_group()
+def checked(settings: type[_Settings], options: object) -> _Settings:
+    """The settings that the options of a command stand for."""
+    return settings(**vars(options))

@@ -15,15 +15,17 @@ class Settings:
     scores: tuple[str, ...] = ()
     """Names in the registry of `rat_ext.scores`; none for all of them."""
     splits: int = 5
-    """Random splits into a part that settings are chosen on and a part that is tested on."""
+    """Number of random splits into a part that settings are chosen on, and one to test on."""
     validation_share: float = 0.2
-    """Of the images, in each split. 0: all are tested on, for scores with nothing to choose."""
+    """Share of the images that settings are chosen on, in each split. 0: all are tested on, for
+    scores with nothing to choose."""
     tune: str = "all"
     """What is chosen on the validation part: "all" (temperatures and input perturbations),
     "temperature", or "none" (temperature 1, no perturbation)."""
     seed: int = 0
-    """Of the splits."""
+    """Seed of the random splits."""
     batch_size: int = 250
+    """Images in a batch."""
 
     def __post_init__(self) -> None:
         for name in self.scores:

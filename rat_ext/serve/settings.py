@@ -26,11 +26,11 @@ class Settings:
     """Seconds in which a client must have sent its request, then status 408; and in which it must
     have read its answer, else the connection is closed."""
     max_body: int = 10 * 2**20
-    """Bytes of a request; more are refused with status 413."""
+    """Most bytes of a request; more are refused with status 413."""
     max_pixels: int = 2**24
-    """Of an image, however small its file is; more are refused with status 413."""
+    """Most pixels of an image, however small its file is; more are refused with status 413."""
     connections: int = 512
-    """Open at the same time; requests on more are refused with status 503."""
+    """Most connections open at the same time; requests on more are refused with status 503."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "queue", "max_body", "max_pixels", "connections"):

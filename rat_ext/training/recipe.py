@@ -27,14 +27,18 @@ class Recipe:
     steps: int = 1
     """Steps of the RAT loss's inner loop: 1 for FGSM, more for PGD."""
     epochs: int = 100
+    """How often to go through the training samples."""
     batch_size: int = 128
-    """Of all processes together. The last, incomplete batch of an epoch is left out."""
+    """Samples in a step, of all processes together. The last, incomplete batch of an epoch is left
+    out."""
     optimizer: str = "sgd"
     """"sgd" (with Nesterov momentum) or "adamw"."""
     lr: float = 0.1
+    """Highest learning rate."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = 5e-4
+    """Weight decay of the optimizer."""
     warmup: int = 0
     """Epochs in which the learning rate rises."""
     augment: str = "none"
@@ -43,19 +47,20 @@ class Recipe:
     mixup: float = 0.0
     """Mixup (Zhang et al., ICLR 2018) with weights from Beta(mixup, mixup); 0 for none."""
     mixup_off: int = 0
-    """Last epochs without mixup."""
+    """Number of last epochs without mixup."""
     bf16: bool = False
-    """Autocast to bfloat16."""
+    """Run the network in bfloat16 (autocast)."""
     ema: float = 0.0
     """Decay of the exponential moving average of the weights that is returned; 0 for none."""
     swa: int = 0
-    """Last epochs whose final weights are averaged (SWA, Izmailov et al., UAI 2018); the average is
-    returned, with the batch normalisation statistics of the training images. 0 for none."""
+    """Number of last epochs whose final weights are averaged (SWA, Izmailov et al., UAI 2018). The
+    average is returned, with the batch normalisation statistics of the training images. 0 for none.
+    """
     swa_lr: float = 0.02
     """Learning rate of those epochs; before them it falls to this one along the cosine."""
     sam: float = 0.0
     """How far away SAM (Foret et al., ICLR 2021) looks for the worst weights: 0.05 is usual; 0 for
-    none. A step costs twice as much. With ``swa`` this is FMFP (Zhu et al., ECCV 2022)."""
+    none. A step costs twice as much. With swa this is FMFP (Zhu et al., ECCV 2022)."""
     crl: float = 0.0
     """Weight of the correctness ranking loss (Moon et al., ICML 2020); 0 for none."""
     label_smoothing: float = 0.0
@@ -65,7 +70,8 @@ class Recipe:
     their length and by this; 0.04 is usual on CIFAR-10, 0 for none. The net that is returned gives
     its logits as they are."""
     seed: int = 0
-    """Of the order of the samples, augmentation, mixup and dropout. Not of the initial weights."""
+    """Seed of the order of the samples, augmentation, mixup and dropout; in rat-ext train, of the
+    initial weights, too."""
 
     def __post_init__(self) -> None:
         choices: dict[str, Sequence[str]] = {

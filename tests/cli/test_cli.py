@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -10,13 +11,24 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import rat_ext
-from rat_ext import cli, datasets, demo, models
+from rat_ext import cli, datasets, demo, evaluation, models
+from rat_ext.cli import inputs, radii
+from rat_ext.cli.detector import Apply, Fit
+from rat_ext.cli.evaluate import SettingsOptions
+from rat_ext.cli.main import COMMANDS as ALL_COMMANDS
+from rat_ext.cli.serve import SettingsOptions as Limits
+from rat_ext.cli.train import RecipeOptions
+from rat_ext.search.options import OPTIONS
+from rat_ext.serve import Settings
+from rat_ext.training import Recipe
 
 PROGRAM = "import sys; from rat_ext.cli import main; sys.exit(main())"
 
@@ -35,8 +47,7 @@ def test_info() -> None:
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["--version"])
+    assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"rat-ext {rat_ext.__version__}\n"
 
 
@@ -53,8 +64,51 @@ def test_help_says_what_an_option_is(command: str, capsys: pytest.CaptureFixture
     assert "(default: False)" not in shown
     assert "(default: all) (default" not in shown
     if command not in ("demo", "serve"):
-        assert re.search(r"--workers WORKERS [^-]*\(default: 0\)", shown)
-    assert not re.search(r" [A-Z_]{2,} of (the |all )?\w+ \(default", shown)
+        assert re.search(r"--workers INT [^-]*\(default: 0\)", shown)
+    assert "--no-no-" not in shown
+    assert "`" not in shown
+
+
+def options_of(kind: type) -> dict[str, Any]:
+    """The options of a command and their defaults; MISSING for those that are required."""
+    found = {}
+    for each in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[each.name]
+        default = each.default
+        if each.default_factory is not dataclasses.MISSING or dataclasses.is_dataclass(hint):
+            found |= options_of(each.default_factory if hint is Any else hint)
+        else:
+            found[each.name] = default
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    metavar = r"(?:[A-Z|.]+ |CxHxW |\{\S+ |\[\S+ |\.{3}\S+ )*"
+    options = re.findall(rf"(--[a-z0-9][a-z0-9-]*) {metavar}(.)", shown)
+    names = [flag for flag, _ in options]
+    kind = {"detector fit": Fit, "detector apply": Apply}.get(command) or ALL_COMMANDS[command]
+    for name in options_of(kind):
+        flag = {"start": "--from"}.get(name, f"--{name.replace('_', '-')}")
+        texts = [text for each, text in options if each == flag]
+        assert texts, (flag, names)
+        assert texts[0] not in "(-╭", flag  # the default, the next option
+
+
+@pytest.mark.parametrize(
+    ("options", "defaults"),
+    [(RecipeOptions, Recipe()), (SettingsOptions, evaluation.Settings()), (Limits, Settings())],
+)
+def test_defaults_are_those_of_the_api(options: type, defaults: Any) -> None:
+    assert dataclasses.asdict(options()) == dataclasses.asdict(defaults)
+
+
+def test_defaults_of_the_search_are_those_of_the_api() -> None:
+    given = inputs.searched(radii.Search())
+    assert given == {name: OPTIONS[name].default for name in OPTIONS if name != "batch_size"}
 
 
 @pytest.mark.parametrize(
@@ -73,20 +127,31 @@ def test_errors_name_options_as_they_are_typed(
     def fail(*_: object, **__: object) -> None:
         raise ValueError(message)
 
-    monkeypatch.setattr("rat_ext.cli.radii.load_data", fail)
+    monkeypatch.setattr("rat_ext.datasets.load", fail)
     assert cli.main(["radii", "--data", "digits", "--out", "out"]) == 2
     assert capsys.readouterr().err == f"rat-ext radii: error: {typed}\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["demo", "--seeds"], "--seeds"), ([], "COMMAND"), (["x"], "'x'")]
+    ("arguments", "message"),
+    [
+        (["demo", "--seeds", "x"], "--seeds"),
+        ([], "train, evaluate"),
+        (["x"], "Unrecognized options: x"),
+        (["radii", "--out", "x"], "--data"),
+        (["detector", "fit", "--data", "x", "--out", "x"], "--target-risk"),
+        (
+            ["detector", "fit", "--data", "x", "--out", "x", "--tpr", "1", "--coverage", "1"],
+            "--tpr",
+        ),
+    ],
 )
 def test_usage_errors(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

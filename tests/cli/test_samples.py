@@ -8,8 +8,7 @@ import torch
 from scipy import stats
 
 from rat_ext import datasets
-from rat_ext.cli.inputs import load_data, load_part
-from rat_ext.cli.main import _parser
+from rat_ext.cli.main import parse
 from rat_ext.detector.threshold import Rule
 
 
@@ -32,8 +31,8 @@ def test_what_fit_takes_and_apply_leaves_out(monkeypatch: pytest.MonkeyPatch) ->
     for action, arguments in commands.items():
         command = ["detector", action, "--data", "folder:x", "--out", "file", *arguments]
         for seed in ("0", "0", "1"):
-            options = _parser().parse_args([*command, "--sample-seed", seed])
-            data, index = load_part(options, "test")
+            options = parse([*command, "--sample-seed", seed]).action
+            data, index = options.images.load("test", options.skip)
             assert [int(x[0, 0, 0]) for x, _ in map(data.__getitem__, range(len(data)))] == index
             assert index == sorted(index)
             counts = torch.tensor([data[i][1] for i in range(len(data))]).bincount(minlength=10)
@@ -43,8 +42,8 @@ def test_what_fit_takes_and_apply_leaves_out(monkeypatch: pytest.MonkeyPatch) ->
     for seed in ("0", "1"):
         assert sorted(taken["fit", seed] + taken["apply", seed]) == list(range(1000))
     assert taken["fit", "0"] != taken["fit", "1"]
-    options = _parser().parse_args([*command, "--skip", "0", "--limit", "2000"])
-    assert load_part(options, "test")[1] == list(range(1000))
+    options = parse([*command, "--skip", "0", "--limit", "2000"]).action
+    assert options.images.load("test", options.skip)[1] == list(range(1000))
 
 
 @pytest.mark.parametrize(
@@ -62,8 +61,9 @@ def test_limit_is_a_sample_of_all_classes(
     target = torch.arange(10).repeat_interleave(50)
     images = datasets.Images(torch.rand(500, 1, 2, 2), target, tuple("abcdefghij"))
     monkeypatch.setattr(datasets, "load", lambda *_, **__: images)
-    options = _parser().parse_args([*command, "--data", "x", "--out", "x", "--limit", "40"])
-    assert load_data(options, "test").targets.bincount().tolist() == [4] * 10
+    options = parse([*command, "--data", "x", "--out", "x", "--limit", "40"])
+    options = getattr(options, "action", options)
+    assert options.images.load("test")[0].targets.bincount().tolist() == [4] * 10
 
 
 def test_an_order_without_targets() -> None:
