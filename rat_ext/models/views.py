@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .._common.user_model import Model, logits_of
+from .._common.views import View, mirrored, view_named
 
-
-def mirrored(x: Tensor) -> Tensor:
-    """(N, C, H, W) images with left and right exchanged."""
-    return x.flip(-1)
+__all__ = ["ViewAveraged", "mirrored"]
 
 
 class ViewAveraged(nn.Module):
@@ -27,14 +25,14 @@ class ViewAveraged(nn.Module):
 
     Args:
         model: from (N, ...) inputs to (N, classes) logits, or an object with ``.logits``.
-        views: each from (N, ...) inputs to as many of the same kind; differentiable for radii.
+        views: names, "mirrored" or "shift:DOWN:RIGHT" (in pixels), or functions from (N, ...)
+            inputs to as many of the same kind; differentiable for radii.
     """
 
-    def __init__(
-        self, model: Model, views: Sequence[Callable[[Tensor], Tensor]] = (mirrored,)
-    ) -> None:
+    def __init__(self, model: Model, views: Sequence[str | View] = ("mirrored",)) -> None:
         super().__init__()
-        self.model, self.views = model, tuple(views)
+        self.model = model
+        self.views = tuple(view_named(each) if isinstance(each, str) else each for each in views)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, classes) logarithms of the mean probabilities, which serve as logits."""

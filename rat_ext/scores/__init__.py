@@ -32,6 +32,7 @@ from .tuned import PERTURBATIONS, TEMPERATURES, TunedLogitScore, TunedScore
 # names() lists them in the order of these imports.
 from .rel_u import RelU  # isort: skip
 from .radius import RRBS, RadiusScore, RRFast  # isort: skip
+from .views import MSRViews  # isort: skip
 from .cascade import Cascade  # isort: skip
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "DoctorBeta",
     "Energy",
     "LogitScore",
+    "MSRViews",
     "Margin",
     "MaxLogit",
     "NegativeEntropy",

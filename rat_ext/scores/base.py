@@ -69,6 +69,9 @@ class Score(ABC):
     """What fit() takes from the data: nothing; a choice of one setting of the `grid` ("choose"),
     so that ``limited_to([setting])`` is as good as fitted; or more than that ("learn"). A class
     that defines fit() learns, unless it says otherwise."""
+    listed: ClassVar[bool] = True
+    """`names` has it, so that an evaluation of all scores takes it along. False for a score that
+    suits some kinds of input only."""
     needs_threshold: ClassVar[bool] = False
     """fit() is not enough: the score is fitted to a threshold, by `fit_to_threshold`."""
     grid: Sequence[Setting] = ()

@@ -31,8 +31,8 @@ def register(name: str) -> Callable[[_ScoreType], _ScoreType]:
 
 
 def names() -> list[str]:
-    """The registered names, in the order of registration, of scores that fit() makes ready."""
-    return [name for name, kind in _registry.items() if not kind.needs_threshold]
+    """The registered names of scores for any input that fit() makes ready, as registered."""
+    return [name for name, kind in _registry.items() if kind.listed and not kind.needs_threshold]
 
 
 def kind_of(name: str) -> type[Score]:
@@ -42,7 +42,8 @@ def kind_of(name: str) -> type[Score]:
         ValueError: no score has this name.
     """
     if name not in _registry:
-        raise ValueError(f"no score is named {name!r}; there are {', '.join(map(repr, names()))}")
+        known = [each for each, kind in _registry.items() if not kind.needs_threshold]
+        raise ValueError(f"no score is named {name!r}; there are {', '.join(map(repr, known))}")
     return _registry[name]
 
 
