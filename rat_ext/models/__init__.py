@@ -11,6 +11,7 @@ from .built_in import (
 )
 from .by_name import create, input_size, names
 from .checkpoint import classes_in, load_weights, name_in
+from .scaling import TemperatureScaling, VectorScaling
 from .views import ViewAveraged, mirrored
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "CifarResNet",
     "DigitsCNN",
     "Normalized",
+    "TemperatureScaling",
+    "VectorScaling",
     "ViewAveraged",
     "WideResNet",
     "classes_in",

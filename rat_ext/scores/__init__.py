@@ -33,6 +33,7 @@ from .tuned import PERTURBATIONS, TEMPERATURES, TunedLogitScore, TunedScore
 from .rel_u import RelU  # isort: skip
 from .radius import RRBS, RadiusScore, RRFast  # isort: skip
 from .views import MSRViews  # isort: skip
+from .pytorch_ood import PytorchOOD  # isort: skip
 from .cascade import Cascade  # isort: skip
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Margin",
     "MaxLogit",
     "NegativeEntropy",
+    "PytorchOOD",
     "RRFast",
     "RadiusScore",
     "RelU",

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from .base import Score
 
 _registry: dict[str, type[Score]] = {}
+_families: dict[str, Callable[[str], type[Score]]] = {}
 _ScoreType = TypeVar("_ScoreType", bound="type[Score]")
 
 
@@ -30,6 +31,18 @@ def register(name: str) -> Callable[[_ScoreType], _ScoreType]:
     return add
 
 
+def register_family(
+    name: str,
+) -> Callable[[Callable[[str], type[Score]]], Callable[[str], type[Score]]]:
+    """Decorator of a function from MEMBER to a class of scores, for ``get("NAME:MEMBER")``."""
+
+    def add(family: Callable[[str], type[Score]]) -> Callable[[str], type[Score]]:
+        _families[name] = family
+        return family
+
+    return add
+
+
 def names() -> list[str]:
     """The registered names of scores for any input that fit() makes ready, as registered."""
     return [name for name, kind in _registry.items() if kind.listed and not kind.needs_threshold]
@@ -41,8 +54,12 @@ def kind_of(name: str) -> type[Score]:
     Raises:
         ValueError: no score has this name.
     """
+    family, _, member = name.partition(":")
+    if member and family in _families:
+        return _families[family](member)
     if name not in _registry:
         known = [each for each, kind in _registry.items() if not kind.needs_threshold]
+        known += [f"{each}:NAME" for each in _families]
         raise ValueError(f"no score is named {name!r}; there are {', '.join(map(repr, known))}")
     return _registry[name]
 
