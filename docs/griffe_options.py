@@ -2,7 +2,7 @@
 
 `rat_ext.search.options.shows_options` gives a function or class with ``**options`` a signature that
 lists them, and puts their help in place of ``{options}`` in its docstring; the same is done here
-from the source of `SearchOptions`. `rat_ext.metrics._metric` gives a metric the arguments of the
+from the source of `SearchOptions`. `rat_ext.metrics.bootstrap.metric` gives a metric the arguments of the
 bootstrap; here they are those of `rat_ext.metrics.summary`.
 """
 
@@ -43,10 +43,13 @@ class ShownOptions(griffe.Extension):
                 lines = [f"    {name}: {_help(option)}" for name, (_, option) in shown.items()]
                 text = target.docstring.value
                 target.docstring.value = text.replace("    {options}", "\n".join(lines))
-        metrics = pkg["metrics"].functions
-        boot = list(metrics["summary"].parameters)[2:]
-        for metric in metrics.values():
-            if any(decorator.value.name == "_metric" for decorator in metric.decorators):
+        boot = list(pkg["metrics.ranking.summary"].parameters)[2:]
+        modules = pkg["metrics"].modules.values()
+        for metric in (each for module in modules for each in module.functions.values()):
+            if any(
+                getattr(decorator.value, "name", None) == "metric"
+                for decorator in metric.decorators
+            ):
                 metric.parameters = griffe.Parameters(*metric.parameters, *boot)
                 metric.returns = "float | Estimate"
 

@@ -1,6 +1,6 @@
 """Changes the code in one small place after the other, and asks whether the tests notice.
 
-    python scripts/mutate.py metrics --count 40             # 40 mutants of rat_ext/metrics.py
+    python scripts/mutate.py metrics --count 40             # 40 mutants of rat_ext/metrics/
     python scripts/mutate.py rule --count 20 --seed 1       # of the C++ rule: each is built anew
     python scripts/mutate.py rule --only plan.h:118         # those of one line
 
@@ -62,7 +62,7 @@ TARGETS: dict[str, tuple[list[str], list[str]]] = {
         ["tests/radius", "-k", "shards and not memory and not worker_does_not"],
     ),
     "metrics": (
-        ["rat_ext/metrics.py"],
+        [f"rat_ext/metrics/{name}.py" for name in ("ranking", "levels", "calibration")],
         ["tests/test_metrics.py", "-k", "not classes and not importing and not as_often"],
     ),
     "threshold": (
