@@ -2,8 +2,8 @@
 
 `rat_ext.search.options.shows_options` gives a function or class with ``**options`` a signature that
 lists them, and puts their help in place of ``{options}`` in its docstring; the same is done here
-from the source of `SearchOptions`. `rat_ext.metrics.bootstrap.metric` gives a metric the arguments of the
-bootstrap; here they are those of `rat_ext.metrics.summary`.
+from the source of `SearchOptions`. `rat_ext.metrics.bootstrap.metric` gives a metric the arguments
+of the bootstrap; here they are those of `rat_ext.metrics.summary`.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ class Evaluate:
         data, _ = self.images.load("test")
         model = self.classifier.load(len(data.classes))
         title = f"Misclassification detection: {self.classifier.name} on {self.images.data}"
+        if self.classifier.views:
+            title += f", averaged over views ({', '.join(self.classifier.views)})"
         if self.ood is not None:
             data = datasets.with_outliers(data, self.images.load_other(self.ood, "test"))
             title += f" with {self.ood} as errors"

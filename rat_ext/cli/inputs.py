@@ -130,6 +130,9 @@ class Classifier:
     """weights of the model"""
     model: Annotated[OptionalName, arg(help=f"{MODEL} (default: that of the checkpoint)")] = None
     pretrained: Annotated[Flag, arg(help=PRETRAINED)] = False
+    views: Annotated[tuple[str, ...], arg(metavar="VIEW...", help_behavior_hint="")] = ()
+    """average the softmax over each image and views of it: mirrored, or shift:DOWN:RIGHT in pixels,
+    such as shift:0:-2"""
 
     @property
     def name(self) -> str:
@@ -146,6 +149,8 @@ class Classifier:
         model = models.create(self.name, num_classes, pretrained=pretrained)
         if self.checkpoint is not None:
             models.load_weights(model, self.checkpoint)
+        if self.views:
+            model = models.ViewAveraged(model, self.views)
         return model.eval()
 
 

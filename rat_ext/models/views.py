@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._common.user_model import Model, logits_of
-from .._common.views import View, mirrored, view_named
+from .._common.views import View, mirrored, name_of_view, view_named
 
 __all__ = ["ViewAveraged", "mirrored"]
 
@@ -34,6 +34,18 @@ class ViewAveraged(nn.Module):
         self.model = model
         self.views = tuple(view_named(each) if isinstance(each, str) else each for each in views)
 
+    def get_extra_state(self) -> Tensor:
+        """Which views they are, so that the state of an average over others is another."""
+        names = "\n".join(map(_named, self.views))
+        return torch.frombuffer(bytearray(names.encode()) or bytearray(1), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises ValueError if the state is of an average over other views."""
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            names = bytes(state.tolist()).decode().replace("\n", ", ")
+            own = ", ".join(map(_named, self.views))
+            raise ValueError(f"the state is of an average over the views {names}, not {own}")
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, classes) logarithms of the mean probabilities, which serve as logits."""
         views = [x, *(view(x) for view in self.views)]
@@ -42,3 +54,10 @@ class ViewAveraged(nn.Module):
         log_p = logits.log_softmax(1, torch.promote_types(logits.dtype, torch.float32))
         mean: Tensor = log_p.unflatten(0, (len(views), len(x))).logsumexp(0)
         return mean - math.log(len(views))
+
+
+def _named(view: View) -> str:
+    try:
+        return name_of_view(view)
+    except TypeError:
+        return getattr(view, "__qualname__", type(view).__qualname__)

@@ -316,6 +316,32 @@ def test_detector_fit_then_apply(
     assert f"Accepted {accepted} of 497 images" in capsys.readouterr().out
 
 
+def test_views(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ["--data", "digits", "--threads", "1", "--checkpoint", str(trained / "model.pt")]
+    views = ["--views", "shift:0:1", "shift:0:-1"]
+    command = ["radii", *shared, "--limit", "40", "--out", str(tmp_path / "radii"), *views]
+    assert cli.main(command) == 0
+    model = models.create("digits-cnn")
+    models.load_weights(model, trained / "model.pt")
+    averaged = models.ViewAveraged(model.eval(), ["shift:0:1", "shift:0:-1"])
+    data = datasets.load("digits", "test")
+    x = data[datasets.shuffled(data)[:40].sort().values][0]
+    expected = rat_ext.robust_radius(averaged, x)
+    torch.testing.assert_close(rat_ext.RadiusShards(tmp_path / "radii").load().radius, expected)
+
+    path, out = tmp_path / "detector.safetensors", tmp_path / "decisions.csv"
+    fit = ["detector", "fit", *shared, *views, "--out", str(path), "--score", "msr"]
+    assert cli.main([*fit, "--coverage", "0.9"]) == 0
+    apply = ["detector", "apply", *shared, "--detector", str(path), "--out", str(out)]
+    assert cli.main([*apply, "--limit", "20", *views]) == 0
+    assert cli.main([*apply, "--limit", "20"]) == 2
+    assert "was fitted on a model with other weights" in capsys.readouterr().err
+    # Other views of the same net are another model, too.
+    assert cli.main([*apply, "--limit", "20", "--views", "mirrored"]) == 2
+    assert cli.main([*command, "--views", "mirror"]) == 2
+    assert "no view is named 'mirror'; there are 'mirrored' and" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rat_ext import robust_radius, scores
+from rat_ext._common.storage import fingerprint
 from rat_ext.models import ViewAveraged, mirrored
 
 
@@ -52,3 +53,15 @@ def test_confident_predictions_do_not_saturate_in_float32():
         ViewAveraged(lambda x: x, [torch.clone]), logits
     )
     torch.testing.assert_close(confidence, torch.tensor([60.0, 50.0]), check_dtype=False)
+
+
+def test_the_state_tells_which_views_they_are():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    one, same, other = (ViewAveraged(model, [v]) for v in ("mirrored", mirrored, "shift:0:1"))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    assert fingerprint(ViewAveraged(model, [])) != fingerprint(one)
+    assert fingerprint(ViewAveraged(model, [torch.clone])) != fingerprint(other)
+    same.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match="average over the views mirrored, not shift:0:1"):
+        other.load_state_dict(one.state_dict())

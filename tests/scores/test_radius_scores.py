@@ -28,3 +28,15 @@ def test_an_infinite_radius_is_the_largest_confidence_and_a_tie():
     first = torch.arange(len(x)) == confidence.isinf().nonzero()[0]
     at_first = metrics.accuracy_at_coverage(confidence, first, 1 / len(x))
     assert at_first == pytest.approx(1 / confidence.isinf().sum().item())
+
+
+@pytest.mark.parametrize("method", ["bs", "fast"])
+def test_radii_that_only_rank_are_coarse(method):
+    model, x = Counting(), inputs()
+    score = scores.get(f"rr-{method}", temperature=1.0)
+    expected = robust_radius(model, x, method=method, rtol=0.05)
+    assert torch.equal(score.score(model, x), expected)
+    assert type(score).from_state(score.state()).options == score.options
+    # What was saved without a tolerance had that of robust_radius.
+    old = type(score).from_state({"temperature": 1.0})
+    assert torch.equal(old.score(model, x), robust_radius(model, x, method=method))
