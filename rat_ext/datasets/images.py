@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+from .preprocessing import Preprocessing
 
 
 class Labelled(Protocol):
@@ -32,17 +34,21 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
     targets: Tensor
     """(N,) int64 class indices."""
     classes: tuple[str, ...]
+    preprocessing: Preprocessing | None = None
+    """What images go through when they are taken out; none: they are as they are in `pixels`."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         x = self.pixels[index]
+        if self.preprocessing is not None:
+            return self.preprocessing(x), self.targets[index]
         return x if x.is_floating_point() else x.float() / 255, self.targets[index]
 
     def subset(self, index: slice | Sequence[int] | Tensor) -> Images:
         """Some of the images, not copied for a slice."""
-        return Images(self.pixels[index], self.targets[index], self.classes)
+        return replace(self, pixels=self.pixels[index], targets=self.targets[index])
 
 
 class _Part(Dataset[tuple[Tensor, int]]):
@@ -70,18 +76,22 @@ def with_outliers(data: Labelled, outliers: Labelled) -> Labelled:
         raise ValueError(
             f"the outliers have shape {shapes[1]}, the images {shapes[0]}; they must be equal"
         )
-    if isinstance(data, Images) and isinstance(outliers, Images):
+    if (
+        isinstance(data, Images)
+        and isinstance(outliers, Images)
+        and data.preprocessing is outliers.preprocessing is None
+    ):
         pixels = torch.cat([data[:][0], outliers[:][0]])
         targets = torch.cat([data.targets, torch.full_like(outliers.targets, -1)])
         return Images(pixels, targets, data.classes)
-    return _named(ConcatDataset([_Part(data, False), _Part(outliers, True)]), data.classes)
+    return _like(data, ConcatDataset([_Part(data, False), _Part(outliers, True)]))
 
 
 def subset(data: Labelled, index: Sequence[int]) -> Labelled:
     """The images of a data set at some indices."""
     if isinstance(data, Images):
         return data.subset(index)
-    return _named(Subset(cast(Dataset[Any], data), index), data.classes)
+    return _like(data, Subset(cast(Dataset[Any], data), index))
 
 
 def first(data: Labelled, count: int, skip: int = 0) -> Labelled:
@@ -116,10 +126,22 @@ def shuffled(data: Labelled, seed: int = 0) -> Tensor:
     return order[(place / sizes[of_class]).argsort()]
 
 
-def _named(data: Any, classes: Sequence[str]) -> Labelled:
-    """A data set of torch's, which has no names of classes of its own."""
-    data.classes = classes
-    return cast(Labelled, data)
+def preprocessing_of(data: Labelled) -> Preprocessing | None:
+    """What brings an image into the form in which a data set gives them; None: it does not say.
+
+    Those of `load` and all `Images` do.
+    """
+    known: Preprocessing | None = getattr(data, "preprocessing", None)
+    if known is None and isinstance(data, Images) and data.pixels.ndim == 4:
+        channels, height, width = data.pixels.shape[1:]
+        return Preprocessing((channels, height, width))
+    return known
+
+
+def _like(data: Labelled, made: Any) -> Labelled:
+    """A data set of torch's made from another, whose classes and preprocessing it has."""
+    made.classes, made.preprocessing = data.classes, preprocessing_of(data)
+    return cast(Labelled, made)
 
 
 def batches(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +13,7 @@ import torch
 from .._common.extras import install
 from .by_name import Request, known_as
 from .images import Images, Labelled, shuffled
+from .preprocessing import IMAGENET, require_torchvision
 
 
 class Splits(NamedTuple):
@@ -79,7 +79,7 @@ def _torchvision(request: Request) -> Images:
     which: dict[str, Any] = {"train": request.train}
     if request.kind == "svhn":
         which = {"split": "train" if request.train else "test"}
-    read = getattr(_import_torchvision().datasets, name)
+    read = getattr(require_torchvision("this data set").datasets, name)
     try:
         data = read(request.root, download=request.download, **which)
     except RuntimeError as error:  # "Dataset not found or corrupted."
@@ -96,7 +96,7 @@ def _torchvision(request: Request) -> Images:
 
 @known_as("imagenet")
 def _imagenet(request: Request) -> Labelled:
-    return _folder([request.root / ("train" if request.train else "val")], request.train)
+    return _folder(request, request.root / ("train" if request.train else "val"))
 
 
 @known_as("cifar10-c:CORRUPTION:SEVERITY", "cifar100-c:CORRUPTION:SEVERITY")
@@ -124,13 +124,13 @@ def _corrupted_cifar(request: Request) -> Images:
 @known_as("imagenet-c:CORRUPTION:SEVERITY")
 def _corrupted_imagenet(request: Request) -> Labelled:
     corruption, severity = _corruption(request)
-    return _folder([request.root / "ImageNet-C" / corruption / str(severity)], crop=False)
+    return _folder(request, request.root / "ImageNet-C" / corruption / str(severity))
 
 
 @known_as("folder:PATH")
 def _own_folder(request: Request) -> Labelled:
     parts = ["train"] if request.train else ["test", "val"]
-    return _folder([Path(request.detail) / part for part in parts], request.train)
+    return _folder(request, *(Path(request.detail) / part for part in parts))
 
 
 def jpeg_archive(path: str | Path, limit: int | None = None) -> Images:
@@ -280,7 +280,7 @@ def _corruption(request: Request) -> tuple[str, int]:
     return corruption, int(severity)
 
 
-def _folder(candidates: Sequence[Path], train: bool = False, crop: bool = True) -> Labelled:
+def _folder(request: Request, *candidates: Path) -> Labelled:
     """The first folder that is there, of a folder of images for each class."""
     path = next((path for path in candidates if path.is_dir()), None)
     if path is None:
@@ -289,19 +289,26 @@ def _folder(candidates: Sequence[Path], train: bool = False, crop: bool = True) 
             f"there is no folder {where}, with a folder of images for each class; "
             f"{_contents(candidates[0].parent)}"
         )
-    torchvision = _import_torchvision()
-    transforms = torchvision.transforms
-    if train:
-        steps = [transforms.RandomResizedCrop(224)]
-    else:
-        steps = [transforms.Resize(256), transforms.CenterCrop(224)] if crop else []
-    transform = transforms.Compose([*steps, transforms.ToTensor()])
+    folder = require_torchvision("this data set").datasets.ImageFolder
+    preprocessing = request.preprocessing or IMAGENET
+    transform = preprocessing.random_crop if request.train else preprocessing
     try:
-        return cast(Labelled, torchvision.datasets.ImageFolder(path, transform))
+        data = folder(path, transform, loader=_opened)
     except FileNotFoundError as error:  # no class, or a class without an image
         raise FileNotFoundError(
             f"{path} has no folder of images for each class ({error}); {_contents(path)}"
         ) from error
+    data.preprocessing = preprocessing
+    return cast(Labelled, data)
+
+
+def _opened(path: str) -> Any:
+    """An image of Pillow in its own mode; torchvision's loader would cut 16 bits off at 255."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+    return image
 
 
 def _contents(folder: Path) -> str:
@@ -310,11 +317,3 @@ def _contents(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     more = ", ..." if len(names) > 5 else ""
     return f"found in {folder}: {', '.join(names[:5]) or 'nothing'}{more}"
-
-
-def _import_torchvision() -> Any:
-    try:
-        import torchvision
-    except ImportError as error:
-        raise ImportError("this data set needs torchvision: pip install torchvision") from error
-    return torchvision
