@@ -139,10 +139,10 @@ class Preprocessing:
 
     def _finished(self, x: Tensor) -> Tensor:
         """With the model's channels, as floating-point numbers."""
-        x = _with_channels(x, self.size[0])
+        x = _with_channels(x, self.size[0]).contiguous()
         if not x.is_floating_point():
-            return x.float().contiguous() / 255
-        return x.clamp(0, 1).contiguous()  # bicubic interpolation may leave the interval
+            return x.float().div_(255)
+        return x.clamp(0, 1)  # bicubic interpolation may leave the interval
 
 
 IMAGENET = Preprocessing((3, 224, 224), 224 / 256)

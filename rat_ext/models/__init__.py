@@ -9,8 +9,8 @@ from .built_in import (
     IMAGENET_MEAN,
     IMAGENET_STD,
 )
-from .by_name import create, input_size, names
-from .checkpoint import classes_in, load_weights, name_in
+from .by_name import create, input_size, names, preprocessing
+from .checkpoint import classes_in, load_weights, name_in, preprocessing_in
 from .scaling import TemperatureScaling, VectorScaling
 from .views import ViewAveraged, mirrored
 
@@ -35,4 +35,6 @@ __all__ = [
     "mirrored",
     "name_in",
     "names",
+    "preprocessing",
+    "preprocessing_in",
 ]

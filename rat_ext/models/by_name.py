@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from ..datasets import Preprocessing
+from ..datasets.preprocessing import IMAGENET
 from .architectures import Normalized
-from .built_in import BUILT_IN, IMAGENET_MEAN, IMAGENET_STD
+from .built_in import BUILT_IN, IMAGENET_MEAN, IMAGENET_STD, BuiltIn
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 """The mean and the standard deviation of each channel."""
@@ -59,13 +61,17 @@ def create(
         if not isinstance(network, nn.Module):
             raise ValueError(f"{name} returned a {type(network).__name__}; expected an nn.Module")
         return Normalized(network, mean, std) if mean and std else network
+    known = _built_in(name)
+    return Normalized(known.build(num_classes=num_classes), mean or known.mean, std or known.std)
+
+
+def _built_in(name: str) -> BuiltIn:
     if name not in BUILT_IN:
         raise ValueError(
             f"no model is named {name!r}; there are {', '.join(names())}, torchvision:NAME, "
             "timm:NAME and module:function"
         )
-    known = BUILT_IN[name]
-    return Normalized(known.build(num_classes=num_classes), mean or known.mean, std or known.std)
+    return BUILT_IN[name]
 
 
 def input_size(name: str) -> tuple[int, ...] | None:
@@ -73,18 +79,44 @@ def input_size(name: str) -> tuple[int, ...] | None:
     return BUILT_IN[name].size if name in BUILT_IN else None
 
 
+def preprocessing(name: str, *, pretrained: bool = False) -> Preprocessing | None:
+    """What images go through for a model by name; None for a function of the user's.
+
+    Of a built-in model it is the size of the images that it is for; of a model of timm what timm's
+    data configuration says; of one of torchvision with pretrained weights what these say, and
+    without them 224 pixels of 256. Nothing is downloaded. Where timm asks for an image to be
+    squeezed into a square ("squash"), or for a border, its middle is taken here as for the others.
+
+    Args:
+        name: as for `create`.
+        pretrained: likewise.
+
+    Raises:
+        ValueError: there is no such model.
+        ImportError: the library of the model is not installed.
+    """
+    library, _, member = name.partition(":")
+    if library == "torchvision" and member:
+        weights = _torchvision_weights(_torchvision_models(member), member, pretrained)
+        if weights is None:
+            return IMAGENET
+        preset = weights.transforms()
+        (side,), (resized,) = preset.crop_size, preset.resize_size
+        return Preprocessing((3, side, side), side / resized, preset.interpolation.value)
+    if library == "timm" and member:
+        timm = _import_timm(member)
+        known = timm.get_pretrained_cfg(member)
+        config = timm.data.resolve_data_config(pretrained_cfg=known.to_dict() if known else {})
+        crop = min(1.0, config["crop_pct"])  # more stands for a border
+        return Preprocessing(config["input_size"], crop, config["interpolation"])
+    return Preprocessing(_built_in(name).size) if not member else None
+
+
 def _torchvision(
     name: str, num_classes: int, pretrained: bool, new_head: bool
 ) -> tuple[nn.Module, Statistics]:
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise ImportError(
-            f"torchvision:{name} needs torchvision: pip install torchvision"
-        ) from error
-    if name not in models.list_models(module=models):
-        raise ValueError(f"torchvision has no classifier named {name!r}")
-    weights = models.get_model_weights(name).DEFAULT if pretrained else None
+    models = _torchvision_models(name)
+    weights = _torchvision_weights(models, name, pretrained)
     # With weights, torchvision makes no model of another number of classes.
     own_classes = len(weights.meta["categories"]) if weights else num_classes
     _check_pretrained(name, num_classes, own_classes, new_head)
@@ -95,20 +127,43 @@ def _torchvision(
     return network, (getattr(preset, "mean", IMAGENET_MEAN), getattr(preset, "std", IMAGENET_STD))
 
 
+def _torchvision_models(name: str) -> Any:
+    """torchvision.models, which has a classifier of this name."""
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ImportError(
+            f"torchvision:{name} needs torchvision: pip install torchvision"
+        ) from error
+    if name not in models.list_models(module=models):
+        raise ValueError(f"torchvision has no classifier named {name!r}")
+    return models
+
+
+def _torchvision_weights(models: Any, name: str, pretrained: bool) -> Any:
+    return models.get_model_weights(name).DEFAULT if pretrained else None
+
+
 def _timm(
     name: str, num_classes: int, pretrained: bool, new_head: bool
 ) -> tuple[nn.Module, Statistics]:
+    timm = _import_timm(name)
+    own_classes = timm.get_pretrained_cfg_value(name, "num_classes") if pretrained else None
+    _check_pretrained(name, num_classes, own_classes, new_head)
+    network: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    config = network.pretrained_cfg
+    return network, (config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD))
+
+
+def _import_timm(name: str) -> Any:
+    """timm, which has a model of this name."""
     try:
         import timm
     except ImportError as error:
         raise ImportError(f"timm:{name} needs timm: pip install timm") from error
     if not timm.is_model(name):
         raise ValueError(f"timm has no model named {name!r}")
-    own_classes = timm.get_pretrained_cfg_value(name, "num_classes") if pretrained else None
-    _check_pretrained(name, num_classes, own_classes, new_head)
-    network: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
-    config = network.pretrained_cfg
-    return network, (config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD))
+    return timm
 
 
 def _check_pretrained(name: str, num_classes: int, own_classes: int | None, new_head: bool) -> None:

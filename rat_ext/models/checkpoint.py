@@ -1,4 +1,4 @@
-"""Reads checkpoints: weights, and the names of the model and its classes that lie beside them."""
+"""Reads checkpoints: weights, and the names and the preprocessing that lie beside them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._common.storage import unwrapped
+from ..datasets import Preprocessing
 from .architectures import Normalized
 
 
@@ -38,6 +39,18 @@ def classes_in(path: str | Path) -> tuple[str, ...] | None:
     content = _read(Path(path))
     classes = content.get("classes") if isinstance(content, Mapping) else None
     return tuple(map(str, classes)) if isinstance(classes, list) else None
+
+
+def preprocessing_in(path: str | Path) -> Preprocessing | None:
+    """What images went through, in a file of ``rat-ext train`` or `training.train`; else None.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint, or what it has there is no preprocessing.
+    """
+    content = _read(Path(path))
+    values = content.get("preprocessing") if isinstance(content, Mapping) else None
+    return Preprocessing.from_dict(values) if isinstance(values, Mapping) else None
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

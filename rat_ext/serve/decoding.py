@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..datasets import Preprocessing
+from ..datasets.preprocessing import pixels_of, require_torchvision
+
 _FORMATS = ("PNG", "JPEG", "WEBP")
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's name of images with so many channels."""
+_CHANNELS = (1, 3, 4)
+"""That an image can have: grey, RGB, RGBA."""
 _NPY = b"\x93NUMPY"
 _IN_JSON_NUMBERS = b"0123456789+-.eE,[] \t\r\n"
 _NPY_HEADERS = {
@@ -37,7 +40,12 @@ class InputError(ValueError):
 class Decoder:
     """Makes one input of a model from a file: an image, a .npy array or nested lists in JSON.
 
-    The kind of the file is told by its first bytes, not by what the client says that it is.
+    The kind of the file is told by its first bytes, not by what the client says that it is. The
+    pixels of an image are those that data sets with the same `preprocessing` give to evaluation.
+
+    Raises:
+        ValueError: the preprocessing is for another shape.
+        ImportError: images are to be resized, and torchvision is not installed.
     """
 
     shape: tuple[int, ...]
@@ -46,8 +54,20 @@ class Decoder:
     bounds: tuple[float, float] = (0.0, 1.0)
     """Of the model's inputs. The darkest pixel of an image becomes the lower one."""
     resize: bool = False
-    """Resize an image of another size, instead of refusing it."""
+    """Bring an image of another size to that of the model, instead of refusing it."""
     max_pixels: int = 2**24
+    """Of an image as it is sent, and of what it is resized to before its middle is taken."""
+    preprocessing: Preprocessing | None = None
+    """Of images; default: as much of the middle as fits in, resized by bilinear interpolation."""
+
+    def __post_init__(self) -> None:
+        if self.preprocessing is not None and self.preprocessing.size != self.shape:
+            raise ValueError(
+                f"the preprocessing is for images of shape {self.preprocessing.size}, the model "
+                f"takes {self.shape}"
+            )
+        if self.resize:
+            require_torchvision()
 
     def __call__(self, data: bytes) -> Tensor:
         """The input, of `shape` and `dtype`.
@@ -124,13 +144,21 @@ class Decoder:
             ) from error
 
     def _image(self, data: bytes) -> Tensor:
-        if len(self.shape) != 3 or self.shape[0] not in _MODES:
+        if len(self.shape) != 3 or self.shape[0] not in _CHANNELS:
             raise InputError(
                 f"the model takes inputs of shape {self.shape}, which no image has; send a .npy "
                 "array or a JSON list",
                 415,
             )
         channels, height, width = self.shape
+        preprocessing = self.preprocessing or Preprocessing((channels, height, width))
+        x = preprocessing(self._pixels(data, preprocessing)).to(self.dtype)
+        low, high = self.bounds
+        return x if (low, high) == (0, 1) else (low + (high - low) * x).clamp_(low, high)
+
+    def _pixels(self, data: bytes, preprocessing: Preprocessing) -> Tensor:
+        """Of an image, in its own size; Pillow's own copy is freed on return."""
+        channels, height, width = preprocessing.size
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -139,29 +167,35 @@ class Decoder:
             raise InputError(
                 "this is none of a PNG, JPEG or WebP image, a .npy array and a JSON list", 415
             ) from error
-        # Both checks come before the pixels are decoded.
+        # All checks come before the pixels are decoded.
         if image.width * image.height > self.max_pixels:
             raise InputError(
                 f"the image has {image.width} x {image.height} pixels; the most is "
                 f"{self.max_pixels}",
                 413,
             )
-        if image.size != (width, height) and not self.resize:
-            raise InputError(
-                f"the image is {image.width} wide and {image.height} high, the model takes "
-                f"{width} x {height}; resize it, or start the server with --resize"
-            )
+        if image.size != (width, height):
+            self._check_size(image.height, image.width, preprocessing)
         if image.mode[0] in "IF":
             raise InputError(
                 f"the image has more than 8 bits a channel (mode {image.mode}); send a tensor"
             )
         try:
-            decoded = image.convert(_MODES[channels])
-            if decoded.size != (width, height):
-                decoded = decoded.resize((width, height), Image.Resampling.BILINEAR)
-            pixels = torch.from_numpy(np.array(decoded))
+            return pixels_of(image, alpha=channels == 4)
         except Exception as error:  # as above
             raise InputError(f"the image cannot be decoded: {error}") from error
-        x = pixels.view(height, width, channels).permute(2, 0, 1).contiguous().to(self.dtype) / 255
-        low, high = self.bounds
-        return x if (low, high) == (0, 1) else (low + (high - low) * x).clamp_(low, high)
+
+    def _check_size(self, height: int, width: int, preprocessing: Preprocessing) -> None:
+        """Raise if an image of another size than the model's is not to be resized."""
+        if not self.resize:
+            raise InputError(
+                f"the image is {width} wide and {height} high, the model takes "
+                f"{self.shape[2]} x {self.shape[1]}; resize it, or start the server with --resize"
+            )
+        resized = preprocessing.resized(height, width)  # a thin image becomes a very long one
+        if math.prod(resized) > self.max_pixels:
+            raise InputError(
+                f"the image is {width} wide and {height} high, which would have to become "
+                f"{resized[1]} x {resized[0]} pixels; the most is {self.max_pixels}",
+                413,
+            )

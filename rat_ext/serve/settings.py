@@ -28,7 +28,8 @@ class Settings:
     max_body: int = 10 * 2**20
     """Most bytes of a request; more are refused with status 413."""
     max_pixels: int = 2**24
-    """Most pixels of an image, however small its file is; more are refused with status 413."""
+    """Most pixels of an image, however small its file is, and of what it is resized to before its
+    middle is taken; more are refused with status 413."""
     connections: int = 512
     """Most connections open at the same time; requests on more are refused with status 503."""
 

@@ -20,6 +20,7 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
     "ema": (dict, NoneType),
     "data": (dict, NoneType),  # absent in files of older versions, as are those below
     "classes": (list, NoneType),
+    "preprocessing": (dict, NoneType),
     "name": (str, NoneType),
     "correctness": (torch.Tensor, NoneType),
 }

@@ -36,7 +36,7 @@ def of_data(data: Labelled) -> dict[str, Any]:
 
 
 def check(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise if the state in a checkpoint is not of the recipe, data and model of this run.
+    """Raise if the state in a checkpoint is of another recipe, preprocessing, data or model.
 
     What one of the two does not tell, such as a checkpoint of an older version, is not compared.
     """
@@ -44,6 +44,7 @@ def check(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     recipe = {**asdict(Recipe()), **was["recipe"]}
     for what, changes in (
         ("another recipe", _values(recipe, now["recipe"], list(now["recipe"]))),
+        ("another preprocessing", _preprocessing(was, now)),
         ("other data", _data(was, now)),
         ("another model", _model(was, now)),
     ):
@@ -52,6 +53,11 @@ def check(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 f"{path} is of {what} ({', '.join(changes)}); use the same, or another "
                 "output folder"
             )
+
+
+def _preprocessing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    old, new = was.get("preprocessing"), now["preprocessing"]
+    return _values(old, new, list(new)) if old and new else []
 
 
 def _data(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

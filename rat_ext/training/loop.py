@@ -53,7 +53,8 @@ def train(
 
     Args:
         model: from (N, C, H, W) pixels to (N, classes) logits, with its normalisation inside.
-        data: gives (pixels, class) pairs, and has ``classes``, such as `datasets.Images`.
+        data: gives (pixels, class) pairs, and has ``classes``, such as `datasets.Images`. The
+            checkpoint holds what its images go through (`datasets.preprocessing_of`).
         recipe: how to train.
         validation: to report accuracy on, each epoch.
         out: folder for last.pt (the checkpoint) and history.csv.
@@ -65,9 +66,9 @@ def train(
 
     Raises:
         TypeError: the model is not an nn.Module.
-        ValueError: ``out`` has a checkpoint that is damaged, or of another recipe, data set or
-            model; the model has nothing to train, a data set no samples; the batch cannot be shared
-            equally.
+        ValueError: ``out`` has a checkpoint that is damaged, or of another recipe, preprocessing,
+            data set or model; the model has nothing to train, a data set no samples; the batch
+            cannot be shared equally.
         FloatingPointError: the loss is not finite. The last checkpoint is kept.
         OSError: a checkpoint cannot be written, and the last one is kept; or another run is writing
             to ``out``.

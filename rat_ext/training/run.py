@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm.auto import tqdm
 
 from .._common.user_model import at_least_float32, logits_of
-from ..datasets import Labelled, batches
+from ..datasets import Labelled, batches, preprocessing_of
 from . import checkpoint, identity
 from .augmentation import AUGMENTATIONS, mixup, smoothed
 from .crl import CorrectnessHistory, correctness_ranking
@@ -211,10 +211,12 @@ class Run:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What tells this run from others, but for the model's shapes."""
+        preprocessing = preprocessing_of(self.data)
         return {
             "recipe": asdict(self.recipe),
             "name": self.name,
             "classes": list(map(str, self.data.classes)),
+            "preprocessing": preprocessing.to_dict() if preprocessing else None,
             "data": identity.of_data(self.data),
         }
 
@@ -250,7 +252,7 @@ class Run:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: it is damaged, or of another recipe, data set or model.
+            ValueError: it is damaged, or of another recipe, preprocessing, data set or model.
             OSError: it cannot be read.
         """
         state = checkpoint.read(path)

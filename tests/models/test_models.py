@@ -218,3 +218,74 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path: Path) -> None:
     torch.save(models.create("digits-cnn"), path)  # a pickled module: its class would be imported
     with pytest.raises(ValueError, match="is not a checkpoint of tensors alone"):
         models.load_weights(models.create("digits-cnn"), path)
+
+
+# --- What images go through -----------------------------------------------------------------------
+
+
+def test_a_built_in_model_takes_images_of_its_size() -> None:
+    assert models.preprocessing("digits-cnn") == datasets.Preprocessing((1, 8, 8))
+    assert models.preprocessing("resnet20") == datasets.Preprocessing((3, 32, 32))
+    assert models.preprocessing("mine:net") is None
+    with pytest.raises(ValueError, match="no model is named 'resnet21'; there are digits-cnn"):
+        models.preprocessing("resnet21")
+
+
+def test_images_for_any_timm_model() -> None:
+    timm = pytest.importorskip("timm")
+    for name in timm.list_models():
+        preprocessing = models.preprocessing(f"timm:{name}")
+        assert preprocessing.size == timm.get_pretrained_cfg(name).input_size
+    with pytest.raises(ValueError, match="timm has no model named 'lenet'"):
+        models.preprocessing("timm:lenet")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "inception_v3", "vit_tiny_patch16_384"])
+def test_images_for_a_timm_model(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    images = pytest.importorskip("PIL.Image")
+    model = timm.create_model(name)
+    config = timm.data.resolve_model_data_config(model)
+    preprocessing = models.preprocessing(f"timm:{name}")
+    assert preprocessing.size == config["input_size"]
+    assert preprocessing.crop == config["crop_pct"]
+    assert preprocessing.interpolation == config["interpolation"]
+    # The pixels are those of timm's own transform, to the rounding of Pillow's resizing.
+    pixels = torch.randint(0, 256, (400, 300, 3), generator=torch.Generator().manual_seed(0))
+    image = images.fromarray(pixels.byte().numpy())
+    config.update(mean=(0, 0, 0), std=(1, 1, 1))
+    expected = timm.data.create_transform(**config)(image)
+    assert (preprocessing(image) - expected).abs().max() < 2.01 / 255
+
+
+def test_images_for_a_torchvision_model() -> None:
+    library = pytest.importorskip("torchvision.models")
+    imagenet = datasets.Preprocessing((3, 224, 224), 224 / 256)
+    assert models.preprocessing("torchvision:resnet50") == imagenet
+    for name in library.list_models(module=library):
+        preset = library.get_model_weights(name).DEFAULT.transforms()
+        preprocessing = models.preprocessing(f"torchvision:{name}", pretrained=True)
+        assert preprocessing.size == (3, *preset.crop_size * 2)
+        assert preprocessing.resized(800, 1000)[0] == preset.resize_size[0]
+        assert preprocessing.interpolation == preset.interpolation.value
+    with pytest.raises(ValueError, match="torchvision has no classifier named 'resnet19'"):
+        models.preprocessing("torchvision:resnet19")
+
+
+def test_the_preprocessing_in_either_file_of_a_run(tmp_path: Path) -> None:
+    path, weights = tmp_path / "weights.pt", models.create("digits-cnn").state_dict()
+    preprocessing = datasets.Preprocessing((1, 8, 8), 0.9, "bicubic")
+    values = preprocessing.to_dict()
+    for content, expected in [
+        ({"state_dict": weights, "model": "digits-cnn", "preprocessing": values}, preprocessing),
+        ({"model": weights, "name": "digits-cnn", "preprocessing": values}, preprocessing),
+        ({"model": weights, "preprocessing": None}, None),
+        ({"model": weights}, None),
+        (weights, None),
+        ([1], None),
+    ]:
+        torch.save(content, path)
+        assert models.preprocessing_in(path) == expected
+    torch.save({"model": weights, "preprocessing": {**values, "crop": 2}}, path)
+    with pytest.raises(ValueError, match=r"is no preprocessing: crop is 2\.0"):
+        models.preprocessing_in(path)

@@ -6,6 +6,9 @@ import contextlib
 import io
 import json
 import re
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from service import npy
 from torch import nn
 
 import rat_ext
+from rat_ext import datasets
 from rat_ext.serve.decoding import Decoder, InputError
 
 
@@ -45,9 +49,58 @@ def test_converts_channels_and_sizes_and_bounds() -> None:
     luma = Decoder((1, 5, 6))(image_file(COLOUR))
     assert torch.equal(luma[0], torch.tensor(np.array(Image.fromarray(COLOUR).convert("L"))) / 255)
     assert Decoder((4, 5, 6))(image_file(COLOUR))[3].eq(1).all()
-    assert Decoder((3, 9, 2), resize=True)(image_file(COLOUR)).shape == (3, 9, 2)
     centred = Decoder((1, 5, 6), torch.float64, (-1.0, 1.0))(image_file(GREY))
     torch.testing.assert_close(centred, 2 * grey.double() - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 80})]),
+    st.sampled_from([GREY, COLOUR, np.repeat(COLOUR, 9, 1)]),
+    st.sampled_from([1, 3]),
+    st.sampled_from([(5, 6), (4, 4), (9, 2), (16, 16)]),
+    st.floats(0.5, 1.0),
+    st.sampled_from(["bilinear", "bicubic"]),
+)
+def test_resizes_images_like_the_data_sets(
+    kind: tuple, pixels: np.ndarray, channels: int, size: tuple, crop: float, how: str
+) -> None:
+    pytest.importorskip("torchvision")
+    data = image_file(pixels, kind[0], **kind[1])
+    preprocessing = datasets.Preprocessing((channels, *size), crop, how)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "test/a").mkdir(parents=True)
+        (Path(folder) / f"test/a/0.{kind[0].lower()}").write_bytes(data)
+        images = datasets.load(f"folder:{folder}", "test", preprocessing=preprocessing)
+        expected, _ = images[0]
+    decode = Decoder(preprocessing.size, resize=True, preprocessing=preprocessing)
+    assert torch.equal(decode(data), expected)
+
+
+def test_without_a_preprocessing_the_middle_is_taken() -> None:
+    pytest.importorskip("torchvision")
+    wide = np.concatenate([GREY * 0, GREY, GREY * 0], axis=1)
+    x = Decoder((1, 5, 6), resize=True)(image_file(np.repeat(np.repeat(wide, 2, 0), 2, 1)))
+    assert (x - Decoder((1, 5, 6))(image_file(GREY))).abs()[..., 1:-1].max() < 16 / 255
+
+
+def test_thin_images_are_refused_that_would_become_large() -> None:
+    pytest.importorskip("torchvision")
+    decode = Decoder((1, 64, 64), resize=True, max_pixels=10_000)
+    assert decode(image_file(np.zeros((2, 4), np.uint8))).shape == (1, 64, 64)
+    for shape, became in [((1, 10_000), "640000 x 64"), ((157, 1), "64 x 10048")]:
+        with pytest.raises(InputError, match=f"would have to become {became} pixels") as caught:
+            decode(image_file(np.zeros(shape, np.uint8)))
+        assert caught.value.status == 413
+
+
+def test_errors_of_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"is for images of shape \(1, 5, 5\), the model takes"):
+        Decoder((1, 5, 6), preprocessing=datasets.Preprocessing((1, 5, 5)))
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
+    assert Decoder((1, 5, 6))(image_file(GREY)).shape == (1, 5, 6)
+    with pytest.raises(ImportError, match="resizing images needs torchvision: pip install"):
+        Decoder((1, 5, 6), resize=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -90,6 +143,7 @@ SEEDS = [
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_damaged_files_raise_nothing_else(data: st.DataObject) -> None:
+    pytest.importorskip("torchvision")
     file = bytearray(data.draw(st.sampled_from(SEEDS)))
     for _ in range(data.draw(st.integers(1, 4))):
         file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))

