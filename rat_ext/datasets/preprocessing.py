@@ -159,7 +159,8 @@ def pixels_of(image: Any, alpha: bool = False) -> Tensor:
         name = getattr(image, "filename", "") or "the image"
         raise ValueError(f"{name} has more than 8 bits a channel (mode {image.mode}); convert it")
     grey = image.mode in ("1", "L", "LA", "La")
-    pixels = np.array(image.convert(_MODES[4 if alpha else 1 if grey else 3]))
+    mode = _MODES[4 if alpha else 1 if grey else 3]
+    pixels = np.array(image if image.mode == mode else image.convert(mode))  # which would copy it
     return torch.from_numpy(pixels).view(image.height, image.width, -1).permute(2, 0, 1)
 
 
