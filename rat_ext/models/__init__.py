@@ -9,7 +9,7 @@ from .built_in import (
     IMAGENET_MEAN,
     IMAGENET_STD,
 )
-from .by_name import create, input_size, names, preprocessing
+from .by_name import create, input_size, names, preprocessing, pretrained_classes
 from .checkpoint import classes_in, load_weights, name_in, preprocessing_in
 from .scaling import TemperatureScaling, VectorScaling
 from .views import ViewAveraged, mirrored
@@ -37,4 +37,5 @@ __all__ = [
     "names",
     "preprocessing",
     "preprocessing_in",
+    "pretrained_classes",
 ]

@@ -112,6 +112,30 @@ def preprocessing(name: str, *, pretrained: bool = False) -> Preprocessing | Non
     return Preprocessing(_built_in(name).size) if not member else None
 
 
+def pretrained_classes(name: str) -> tuple[str, ...] | None:
+    """The names of the classes of pretrained weights; None where the library does not tell them.
+
+    timm tells those of ImageNet and its parts, by their number. Nothing is downloaded.
+
+    Args:
+        name: as for `create`.
+
+    Raises:
+        ValueError: there is no such model.
+        ImportError: the library of the model is not installed.
+    """
+    library, _, member = name.partition(":")
+    if library == "torchvision" and member:
+        weights = _torchvision_weights(_torchvision_models(member), member, True)
+        return tuple(weights.meta["categories"])
+    if library == "timm" and member:
+        timm = _import_timm(member)
+        known = timm.get_pretrained_cfg(member)
+        subset = timm.data.infer_imagenet_subset(known.to_dict() if known else {})
+        return tuple(timm.data.ImageNetInfo(subset).label_descriptions()) if subset else None
+    return None
+
+
 def _torchvision(
     name: str, num_classes: int, pretrained: bool, new_head: bool
 ) -> tuple[nn.Module, Statistics]:

@@ -272,6 +272,18 @@ def test_images_for_a_torchvision_model() -> None:
         models.preprocessing("torchvision:resnet19")
 
 
+def test_classes_of_pretrained_weights() -> None:
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
+    for name in ("torchvision:resnet50", "timm:resnet50"):
+        classes = models.pretrained_classes(name)
+        assert len(classes) == 1000
+        assert classes[0].startswith("tench")
+        assert classes[999].startswith("toilet tissue")
+    assert models.pretrained_classes("timm:vit_base_patch16_clip_224.openai") is None  # no head
+    assert models.pretrained_classes("resnet20") is models.pretrained_classes("mine:net") is None
+
+
 def test_the_preprocessing_in_either_file_of_a_run(tmp_path: Path) -> None:
     path, weights = tmp_path / "weights.pt", models.create("digits-cnn").state_dict()
     preprocessing = datasets.Preprocessing((1, 8, 8), 0.9, "bicubic")
