@@ -59,7 +59,7 @@ class Fit:
         require_safetensors()  # rather than after the work
         self.out.parent.mkdir(parents=True, exist_ok=True)
         score = Cascade(self.cascade, self.score) if self.cascade else self.score
-        data, _ = self.images.load("test", self.skip)
+        data, _ = self.images.load("test", self.skip, known=self.classifier.preprocessing)
         model = self.classifier.load(len(data.classes))
         with self.where.use() as (device, _):
             detector = Detector.fit(
@@ -100,7 +100,7 @@ class Apply:
     where: Device = field(default_factory=Device)
 
     def run(self) -> None:
-        data, index = self.images.load("test", self.skip)
+        data, index = self.images.load("test", self.skip, known=self.classifier.preprocessing)
         model = self.classifier.load(len(data.classes))
         rows = accepted = errors = 0
 

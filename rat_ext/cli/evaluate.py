@@ -47,13 +47,15 @@ class Evaluate:
 
     def run(self) -> None:
         settings = checked(evaluation.Settings, self.settings)
-        data, _ = self.images.load("test")
+        data, _ = self.images.load("test", known=self.classifier.preprocessing)
         model = self.classifier.load(len(data.classes))
         title = f"Misclassification detection: {self.classifier.name} on {self.images.data}"
         if self.classifier.views:
             title += f", averaged over views ({', '.join(self.classifier.views)})"
         if self.ood is not None:
-            data = datasets.with_outliers(data, self.images.load_other(self.ood, "test"))
+            preprocessing = datasets.preprocessing_of(data)
+            outliers = self.images.load_other(self.ood, "test", preprocessing)
+            data = datasets.with_outliers(data, outliers)
             title += f" with {self.ood} as errors"
         with self.where.use() as (device, _):
             result = evaluation.evaluate(

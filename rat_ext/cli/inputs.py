@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, cast, get_args, get_origin
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from tyro.conf import arg
 
 from .. import datasets, models
-from ..datasets import batches
+from ..datasets import Images, Preprocessing, batches
 from ..search.options import OPTIONS, SearchOptions
 
 # What is off or not there unless it is given has no default to show.
@@ -71,6 +72,31 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Resizing:
+    """How an image of another size is brought to that of the model."""
+
+    crop: OptionalFloat = None
+    """share of a resized image that is kept, in its middle (default: as the checkpoint says, else
+    the model)"""
+    interpolation: Annotated[OptionalName, arg(metavar="BILINEAR|BICUBIC")] = None
+    """how it is resized (default: likewise)"""
+
+    def changed(
+        self, known: Preprocessing | None, size: tuple[int, ...] | None = None
+    ) -> Preprocessing | None:
+        """A preprocessing with what was given in the place of what is known."""
+        options = {"size": size, "crop": self.crop, "interpolation": self.interpolation}
+        given: dict[str, Any] = {
+            name: value for name, value in options.items() if value is not None
+        }
+        if known is not None:
+            return replace(known, **given)
+        if given and size is None:
+            raise ValueError("the model does not say of which size its images are: give --size")
+        return Preprocessing(**given) if given else None
+
+
+@dataclass(frozen=True)
 class Data:
     """The images, and how they are loaded."""
 
@@ -87,13 +113,23 @@ class Data:
     """seed of the random order from which --limit takes the first images"""
     workers: int = 0
     """processes that load data beside the main one"""
+    size: Annotated[OptionalName, arg(metavar="SIZE")] = None
+    """pixels that the model takes, such as 96 or 3x96x96 (default: as the checkpoint says, else the
+    model)"""
+    resizing: Resizing = field(default_factory=Resizing)
 
-    def load(self, split: str, skip: int = 0) -> tuple[Any, Sequence[int]]:
+    def load(
+        self, split: str, skip: int = 0, *, known: Preprocessing | None = None
+    ) -> tuple[Any, Sequence[int]]:
         """The images that were asked for, and their indices in the data set, which ascend.
 
         The first images would be those of the first classes where a data set is sorted by class.
+        What is known of the model's preprocessing, options may change.
         """
-        data = self.load_other(self.data, split)
+        data = self.load_other(self.data, split, self._preprocessing(known))
+        if isinstance(data, Images) and data.preprocessing is not None:
+            sizes = f"{_by(data.pixels.shape[1:])} to {_by(data.preprocessing.size)}"
+            print(f"The {split} images are resized from {sizes}.", file=sys.stderr)
         if not 0 <= skip < len(data):
             raise ValueError(f"skip is {skip}; it must be from 0 to {len(data) - 1}")
         if self.limit is not None and self.limit < 1:
@@ -104,9 +140,19 @@ class Data:
         index = order[skip:][: self.limit].sort().values.tolist()
         return datasets.subset(data, index), index
 
-    def load_other(self, name: str, split: str) -> Any:
+    def load_other(self, name: str, split: str, preprocessing: Preprocessing | None) -> Any:
         """All of a data set of another name, from the same folder."""
-        return datasets.load(name, split, self.root, download=self.download)
+        return datasets.load(
+            name, split, self.root, download=self.download, preprocessing=preprocessing
+        )
+
+    def _preprocessing(self, known: Preprocessing | None) -> Preprocessing | None:
+        if self.size is None:
+            return self.resizing.changed(known)
+        size = shape_in(self.size, "size")
+        if len(size) == 1:
+            size = (known.size[0] if known else 3, *size, *size)
+        return self.resizing.changed(known, size)
 
     def loader(self, data: Any, batch_size: int, device: torch.device) -> Any:
         """Batches of the images, in their order."""
@@ -143,15 +189,39 @@ class Classifier:
             raise ValueError("the checkpoint does not name its model: give --model")
         return name
 
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """What images went through in training, or else that of the model's name."""
+        known = models.preprocessing_in(self.checkpoint) if self.checkpoint else None
+        return known or models.preprocessing(self.name, pretrained=self._pretrained)
+
+    @property
+    def _pretrained(self) -> bool:
+        return self.pretrained and not self.checkpoint
+
     def load(self, num_classes: int) -> torch.nn.Module:
         """The trained model, in eval mode."""
-        pretrained = self.pretrained and not self.checkpoint
-        model = models.create(self.name, num_classes, pretrained=pretrained)
+        model = models.create(self.name, num_classes, pretrained=self._pretrained)
         if self.checkpoint is not None:
             models.load_weights(model, self.checkpoint)
         if self.views:
             model = models.ViewAveraged(model, self.views)
         return model.eval()
+
+
+def shape_in(text: str, option: str) -> tuple[int, ...]:
+    """Sizes that are typed like 3x224x224."""
+    try:
+        shape = tuple(int(size) for size in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ValueError(f"{option} is {text!r}; expected sizes such as 3x224x224")
+    return shape
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def search(*names: str) -> type:

@@ -45,7 +45,7 @@ class Radii:
     search: Search = field(default_factory=Search)
 
     def run(self) -> None:
-        data, _ = self.images.load(self.split)
+        data, _ = self.images.load(self.split, known=self.classifier.preprocessing)
         model = self.classifier.load(len(data.classes))
         with self.where.use() as (device, rank):
             shards = robust_radii(

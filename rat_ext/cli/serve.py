@@ -22,9 +22,11 @@ from .inputs import (
     OptionalFile,
     OptionalInt,
     OptionalName,
+    Resizing,
     checked,
     search,
     searched,
+    shape_in,
 )
 
 if TYPE_CHECKING:
@@ -52,11 +54,13 @@ class Serve:
     num_classes: OptionalInt = None
     """number of classes of the model (default: as many as there are names)"""
     classes: OptionalFile = None
-    """text file with the name of a class in each line (default: those of the checkpoint)"""
+    """text file with the name of a class in each line (default: those of the checkpoint, else of
+    the pretrained weights)"""
     input_size: Annotated[OptionalName, arg(metavar="CxHxW")] = None
-    """shape of an input (default: that of the images that a built-in model is for)"""
+    """shape of an input (default: as the checkpoint says, else the model)"""
     resize: Flag = False
     """resize images of another size, not refuse them"""
+    resizing: Resizing = field(default_factory=Resizing)
     detector: OptionalFile = None
     """file of the detector that gives verdicts"""
     no_radius: Flag = False
@@ -80,9 +84,13 @@ class Serve:
             raise ImportError(f"serving needs {error.name}: {install('serve')}") from error
         settings = checked(Settings, self.settings)
         name = self.classifier.name
-        shape = _input_size(self.input_size) if self.input_size else models.input_size(name)
+        known = self.classifier.preprocessing
+        shape: tuple[int, ...] | None = known.size if known else None
+        if self.input_size is not None:
+            shape = shape_in(self.input_size, "input_size")
         if shape is None:
             raise ValueError(f"give the --input-size of {name}, for example 3x224x224")
+        preprocessing = self.resizing.changed(known, shape) if len(shape) == 3 else None
         classes = self._class_names()
         model = self.classifier.load(self._num_classes(classes))
         with self.where.use() as (device, _):
@@ -102,37 +110,25 @@ class Serve:
                 detector = Detector.load(self.detector, model)
             gate = Gate(model, detector, not self.no_radius, device, options)
             gate.warm_up(shape, dtype)
-            decoder = Decoder(shape, dtype, (low, high), self.resize, settings.max_pixels)
+            decoder = Decoder(
+                shape, dtype, (low, high), self.resize, settings.max_pixels, preprocessing
+            )
             application = app.create_app(gate, decoder, settings, name=name, classes=classes)
             server.serve(application, settings, self.host, self.port, access_log=self.access_log)
 
     def _class_names(self) -> tuple[str, ...] | None:
-        if self.classes is None:
-            return (
-                models.classes_in(self.classifier.checkpoint)
-                if self.classifier.checkpoint
-                else None
-            )
-        return tuple(self.classes.read_text(encoding="utf-8").splitlines())
+        if self.classes is not None:
+            return tuple(self.classes.read_text(encoding="utf-8").splitlines())
+        if self.classifier.checkpoint is not None:
+            return models.classes_in(self.classifier.checkpoint)
+        return models.pretrained_classes(self.classifier.name)
 
     def _num_classes(self, classes: Sequence[str] | None) -> int:
         number = self.num_classes or (len(classes) if classes else None)
         if number is None:
-            raise ValueError(
-                "the checkpoint does not name its classes: give --classes or --num-classes"
-            )
+            raise ValueError("the model does not name its classes: give --classes or --num-classes")
         if classes and number != len(classes):
             raise ValueError(
                 f"--num-classes is {number}, but there are {len(classes)} names of classes"
             )
         return number
-
-
-def _input_size(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(size) for size in text.lower().split("x"))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise ValueError(f"--input-size is {text!r}; expected sizes such as 3x224x224")
-    return shape

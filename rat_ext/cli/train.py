@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from tyro.conf import arg
 
-from .. import models
+from .. import datasets, models
 from ..training import Recipe, train
 from ..training.checkpoint import write_tensors
 from .inputs import MODEL, PRETRAINED, Data, Device, Flag, OptionalFile, checked
@@ -48,7 +48,9 @@ class Train:
 
     def run(self) -> None:
         recipe = checked(Recipe, self.recipe)
-        (data, _), (test, _) = self.images.load("train"), self.images.load("test")
+        known = models.preprocessing_in(self.start) if self.start else None
+        known = known or models.preprocessing(self.model, pretrained=self.pretrained)
+        (data, _), (test, _) = (self.images.load(split, known=known) for split in ("train", "test"))
         torch.manual_seed(recipe.seed)
         model = models.create(
             self.model, len(data.classes), pretrained=self.pretrained, new_head=True
@@ -69,10 +71,12 @@ class Train:
             )
             if rank:
                 return
+            preprocessing = datasets.preprocessing_of(data)
             state = {
                 "state_dict": model.state_dict(),
                 "model": self.model,
                 "classes": list(data.classes),
+                "preprocessing": preprocessing.to_dict() if preprocessing else None,
             }
             path = self.out / "model.pt"
             write_tensors(path, state)

@@ -128,7 +128,8 @@ def test_errors_name_options_as_they_are_typed(
         raise ValueError(message)
 
     monkeypatch.setattr("rat_ext.datasets.load", fail)
-    assert cli.main(["radii", "--data", "digits", "--out", "out"]) == 2
+    model = ["--model", "digits-cnn", "--pretrained"]
+    assert cli.main(["radii", "--data", "digits", *model, "--out", "out"]) == 2
     assert capsys.readouterr().err == f"rat-ext radii: error: {typed}\n"
 
 

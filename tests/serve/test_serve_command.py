@@ -34,7 +34,7 @@ def test_errors_of_serve(
             ([*good, "--input-size", "8x"], "--input-size is '8x'; expected sizes such as"),
             ([*good, "--input-size", "1x9x9"], "the model fails on an input of shape (1, 9, 9)"),
             (bare, "the checkpoint does not name its model: give --model"),
-            ([*bare, "--model", "digits-cnn"], "the checkpoint does not name its classes"),
+            ([*bare, "--model", "digits-cnn"], "the model does not name its classes"),
             ([*good, "--num-classes", "4"], "give the --input-size"),
             (
                 [*good, "--input-size", "1x8x8", "--num-classes", "4"],
