@@ -9,7 +9,7 @@ from .built_in import (
     IMAGENET_MEAN,
     IMAGENET_STD,
 )
-from .by_name import create, input_size, names, preprocessing, pretrained_classes
+from .by_name import create, names, preprocessing, pretrained_classes
 from .checkpoint import classes_in, load_weights, name_in, preprocessing_in
 from .scaling import TemperatureScaling, VectorScaling
 from .views import ViewAveraged, mirrored
@@ -30,7 +30,6 @@ __all__ = [
     "WideResNet",
     "classes_in",
     "create",
-    "input_size",
     "load_weights",
     "mirrored",
     "name_in",

@@ -74,11 +74,6 @@ def _built_in(name: str) -> BuiltIn:
     return BUILT_IN[name]
 
 
-def input_size(name: str) -> tuple[int, ...] | None:
-    """The shape (C, H, W) of the images that a built-in model is for; None for others."""
-    return BUILT_IN[name].size if name in BUILT_IN else None
-
-
 def preprocessing(name: str, *, pretrained: bool = False) -> Preprocessing | None:
     """What images go through for a model by name; None for a function of the user's.
 

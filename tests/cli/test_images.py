@@ -155,6 +155,18 @@ def test_a_user_function_takes_images_as_they_are(
     assert {x.shape for x in seen} == {(3, 224, 224)}
 
 
+def test_outliers_of_another_size(seen: list[Tensor], tmp_path: Path) -> None:
+    train = ["train", *TRAIN, "--model", "recording:build"]
+    data, outliers = archive(tmp_path / "x.npz", 9, 400), archive(tmp_path / "y.npz", 12, 100)
+    assert cli.main([*train, "--data", data, "--out", str(tmp_path / "run")]) == 0
+    seen.clear()
+    command = ["evaluate", "--data", data, "--ood", outliers, "--scores", "msr", "--splits", "1"]
+    model = ["--checkpoint", str(tmp_path / "run/model.pt"), "--device", "cpu"]
+    assert cli.main([*command, *model, "--out", str(tmp_path / "out")]) == 0
+    assert len(seen) >= 80 + 20
+    assert {x.shape for x in seen} == {(3, 9, 9)}
+
+
 def test_images_in_memory_for_a_timm_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
