@@ -7,6 +7,8 @@ Misclassification Detection Ability without Extra Data" (arXiv 2503.14783).
 
 from . import attacks, metrics, radius_scores, reference, scores
 from ._build_info import BuildInfo, build_info
+from ._common.loaders import map_batches
+from ._common.per_sample import with_arguments
 from ._core import __version__
 from .detector import Decision, Detector
 from .radius import (
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "attacks",
     "build_info",
+    "map_batches",
     "metrics",
     "radius_scores",
     "reference",
@@ -46,4 +49,5 @@ __all__ = [
     "robust_radius",
     "scores",
     "temperature_sweep",
+    "with_arguments",
 ]

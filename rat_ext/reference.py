@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._common.per_sample import of_rows, with_arguments
 from ._common.resolution import least_step
 from ._common.user_model import Model, check_device, full_float32, logits_of, undisturbed
 from .search.options import WIDE, Options, SearchOptions, check_classes, shows_options
@@ -42,6 +43,7 @@ def robust_radius(
     *,
     full: bool | Literal["points"] = False,
     regrad: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
     **options: Unpack[SearchOptions],
 ) -> Tensor | RadiusResult:
     """Distance of each input from the decision boundary: by default on its FGSM ray, in L-inf.
@@ -55,6 +57,7 @@ def robust_radius(
         regrad: RR-BS as it is commonly run: a new FGSM gradient, of the cross-entropy itself, at
             each of 24 probes, and no early end (``rtol`` is not used). Its ``forward_rows`` count
             both forwards of a probe; its 24 backwards a row come on top.
+        model_kwargs: as in `rat_ext.robust_radius`.
 
     Returns:
         As `rat_ext.robust_radius`, which also says what is raised.
@@ -81,11 +84,12 @@ def robust_radius(
         outside = chosen.bounds.outside(x) & finite(x)
         if outside.any():
             raise chosen.bounds.error(x[outside], len(x))
+        model = with_arguments(model, x, model_kwargs)
         check_device(model, x)
         exact = full_float32() if chosen.tf32 is False else contextlib.nullcontext()
         with undisturbed(model, x.device), exact:
             rows = torch.arange(len(x)).split(chosen.batch_size or len(x))
-            result = concatenate([method(model, x[i], chosen.of_rows(i)) for i in rows])
+            result = concatenate([method(of_rows(model, i), x[i], chosen.of_rows(i)) for i in rows])
             if chosen.keep_points:
                 result = verified(model, result, chosen.batch_size)
     warn_about(problems(result).tolist(), len(result), stacklevel=2)
@@ -214,7 +218,7 @@ def searched_ray(model: Model, x: Tensor, options: Options) -> tuple[_Rows, Tens
     def probe(i: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         row.rows[i] += 1
         point = on_ray(x[i], direction[i], eps, options)
-        return logits_of(model(point), len(i)), point
+        return logits_of(of_rows(model, i)(point), len(i)), point
 
     row.search(probe)
     return row, direction
@@ -263,7 +267,7 @@ def rr_pgd(model: Model, x: Tensor, options: Options) -> RadiusResult:
         best = math.inf
         for step in range(steps + 1):
             gradient, zi, _, _ = attack_gradient(
-                model,
+                of_rows(model, slice(i, i + 1)),
                 point.to(x.dtype),
                 aim.temperature,
                 aim.target,

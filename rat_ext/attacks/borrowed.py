@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .._common.bounds import Value
+from .._common.per_sample import of_rows
 from .._common.user_model import Model, logits_of
 from ..search.attack import Attack, register
 from ..search.options import WIDE, Options
@@ -60,7 +61,7 @@ class AttackRay(VectorRay):
             low, width = options.bounds.low, options.bounds.width
             if isinstance(width, Tensor):
                 width = width.where(width > 0, 1)
-        watched = WatchedModel(self.model, x, low, width)
+        watched = WatchedModel(of_rows(self.model, rows), x, low, width)
         run: Any = attack.function
         if attack.library:
             run = functools.partial(_LIBRARIES[attack.library], attack, options.steps)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._common.per_sample import of_rows
 from .._common.user_model import Model, logits_of
 from .._core import core
 from ..search.attack import register
@@ -87,7 +88,7 @@ class BallSearch(BracketSearch):
         left = torch.arange(len(rows), device=rows.device)  # the rows that go on, and their points
         for step in range(self.steps + 1):
             self.forwards[rows[left]] += 1
-            leaf, logits = self._forward(point, with_graph=step < self.steps)
+            leaf, logits = self._forward(point, rows[left], with_graph=step < self.steps)
             full = for_core(logits, self.x).to(radii.dtype)
             z = self.shown(full, rows[left])
             margin = margin_of(z, y[left])
@@ -119,11 +120,11 @@ class BallSearch(BracketSearch):
         assert self.kept is not None  # asked for where points are kept
         return self.kept
 
-    def _forward(self, point: Tensor, with_graph: bool) -> tuple[Tensor, Tensor]:
-        point = point.to(self.x.dtype)
+    def _forward(self, point: Tensor, rows: Tensor, with_graph: bool) -> tuple[Tensor, Tensor]:
+        point, model = point.to(self.x.dtype), of_rows(self.model, rows)
         if with_graph:
-            return differentiable_logits(self.model, point)
-        return point, logits_of(self.model(point), len(point))
+            return differentiable_logits(model, point)
+        return point, logits_of(model(point), len(point))
 
     def _seed(self, logits: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         """Gradient in the logits of what the attack lets rise: another class against y."""

@@ -111,7 +111,7 @@ class Apply:
                 names = ["prediction", "confidence", "accepted"]
                 names += ["probability"] if detector.calibrated else []
                 writer.writerow(["index", *names, "target"])
-                for x, target in labelled_batches(model, loader, True, "detector"):
+                for _, x, target in labelled_batches(model, loader, True, "detector"):
                     out = detector(x)
                     columns = [getattr(out, name) for name in names] + [target]
                     values = zip(*(column.tolist() for column in columns), strict=True)

@@ -34,8 +34,8 @@ def aurc_of_each(
 ) -> list[float]:
     """The AURC of fitted scores on (x, target) batches; nan counts as the least confidence."""
     confidences, rights = [], []
-    for x, target in labelled_batches(model, loader, progress, "choose the score"):
-        pairs = [score.score_and_predict(model, x) for score in scores]
+    for bound, x, target in labelled_batches(model, loader, progress, "choose the score"):
+        pairs = [score.score_and_predict(bound, x) for score in scores]
         confidences.append(torch.stack([values.double().cpu() for values, _ in pairs]))
         rights.append(torch.stack([prediction.eq(target).cpu() for _, prediction in pairs]))
     confidence = torch.cat(confidences, 1).nan_to_num(-math.inf, math.inf, -math.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._common.extras import install
-from .._common.loaders import labelled_batches
+from .._common.loaders import labelled_batches, map_batches
+from .._common.per_sample import with_arguments
 from .._common.storage import fingerprint
 from .._common.user_model import Model
 from ..scores.base import Score
@@ -78,6 +79,7 @@ class Detector:
         calibrate: bool = False,
         seed: int = 0,
         progress: bool = True,
+        batch_fn: Callable[[Any], Any] | None = None,
     ) -> Detector:
         """Choose the threshold of a score on held-out data.
 
@@ -117,6 +119,8 @@ class Detector:
             calibrate: map confidences to the probability of being right, by isotonic regression on
                 the samples that choose the threshold.
             seed: of the random split.
+            batch_fn: for a loader that yields something else: makes (x, target) or (x, target,
+                model_kwargs) from a batch.
             progress: show tqdm bars on standard error.
 
         Warns:
@@ -132,6 +136,8 @@ class Detector:
         if not 0 < tune_share < 1:
             raise ValueError(f"tune_share is {tune_share}; it must be between 0 and 1")
         _require_libraries(calibrate)
+        if batch_fn is not None:
+            loader = map_batches(loader, batch_fn)
         scores = candidates(score)
         chosen, compared = scores[0], None
         held_out, tuned_on = loader, 0
@@ -153,11 +159,11 @@ class Detector:
             tuned_on = split.tune.samples
         audit = chosen.audit()
         batches = []
-        for x, target in labelled_batches(model, held_out, progress, "fit Detector"):
-            values, prediction = chosen.score_and_predict(model, x)
+        for bound, x, target in labelled_batches(model, held_out, progress, "fit Detector"):
+            values, prediction = chosen.score_and_predict(bound, x)
             batches.append((values.cpu(), prediction.cpu(), target.cpu()))
             if audit is not None:
-                audit.see(model, x)
+                audit.see(bound, x)
         values, prediction, target = map(torch.cat, zip(*batches, strict=True))
         confidence = values.double().numpy()
         known = ~np.isnan(confidence)
@@ -184,18 +190,20 @@ class Detector:
         weights = fingerprint(model) if isinstance(model, nn.Module) else None
         return cls(model, chosen, report, steps, model_fingerprint=weights)
 
-    def __call__(self, x: Tensor) -> Decision:
+    def __call__(self, x: Tensor, *, model_kwargs: Mapping[str, Any] | None = None) -> Decision:
         """Predict, and decide which predictions to accept.
 
         The model is run in eval mode and left as it was, with no graph.
 
         Args:
             x: (N, ...) inputs on the model's device.
+            model_kwargs: more arguments of the model, as for `rat_ext.robust_radius`.
 
         Raises:
             ValueError: x is not on the model's device, or outside the bounds of the score.
         """
-        confidence, prediction = self.score.score_and_predict(self.model, x)
+        model = with_arguments(self.model, x, model_kwargs)
+        confidence, prediction = self.score.score_and_predict(model, x)
         unknown = confidence.isnan()
         probability = None
         if self._steps is not None:

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch.utils.data import RandomSampler
 
-from .._common.loaders import labelled
+from .._common.loaders import arguments_of, labelled
+from .._common.per_sample import chosen
 from .._common.storage import raw_bytes
 
 _ADVICE = (
@@ -49,7 +50,8 @@ class Split:
                 and self.checksums[len(checksums) - 1 : len(checksums)] != checksums[-1:]
             ):
                 break
-            yield x, target, torch.rand(len(x), generator=generator) < self.tune_share
+            tune = torch.rand(len(x), generator=generator) < self.tune_share
+            yield x, target, arguments_of(batch), tune
         self.checksums = self.checksums or checksums
         if checksums != self.checksums:
             raise ValueError(f"the loader's passes differ. {_ADVICE}")
@@ -66,11 +68,12 @@ class _Part:
 
     def __iter__(self) -> Iterator[Any]:
         self.samples = 0
-        for x, target, tune in self.split.batches():
+        for x, target, arguments, tune in self.split.batches():
             rows = (tune == self.tune).nonzero().squeeze(1)
             if len(rows):
                 self.samples += len(rows)
-                yield x[rows.to(x.device)], target[rows.to(target.device)]
+                part = x[rows.to(x.device)], target[rows.to(target.device)]
+                yield part if arguments is None else (*part, chosen(arguments, len(x), rows))
         if self.split.checksums and not self.samples:
             raise ValueError(
                 f"a tune_share of {self.split.tune_share:g} leaves no sample to "

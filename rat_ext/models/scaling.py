@@ -42,9 +42,9 @@ class _Scaling(nn.Module):
             ValueError: the loader gives no batch, or no targets.
         """
         logits, targets = [], []
-        for x, target in labelled_batches(self.model, loader, progress, "calibrate"):
-            with left_alone(self.model, x):
-                logits.append(logits_of(self.model(x), len(x)).double().cpu())
+        for bound, x, target in labelled_batches(self.model, loader, progress, "calibrate"):
+            with left_alone(bound, x):
+                logits.append(logits_of(bound(x), len(x)).double().cpu())
             targets.append(target.cpu())
         z, t = torch.cat(logits), torch.cat(targets)
         self._begin(z)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._common.per_sample import PerSample
 from .._common.user_model import Model, check_device, full_float32, undisturbed
 from .._core import core
 from ..attacks.rays import fgsm
@@ -100,6 +101,11 @@ class RadiusEstimator:
             raise ValueError(
                 "target is a tensor, which is of one batch; a RadiusEstimator takes 'runner-up'. "
                 "Use rat_ext.robust_radius"
+            )
+        if isinstance(model, PerSample):
+            raise ValueError(
+                "the model has arguments for the samples of one batch; a RadiusEstimator is for "
+                "many. Use rat_ext.robust_radius with model_kwargs"
             )
         if not len(example_x):
             raise ValueError("example_x has no rows; give a batch of the size that is to be used")

@@ -77,7 +77,8 @@ def robust_radii(
         model: as in `robust_radius`. Resuming with other weights is refused; those of a callable
             that is not a module cannot be compared.
         loader: yields (x, target, ...), x alone, or mappings with "pixel_values" and, if there are
-            targets, "labels", as with Hugging Face's transformers.
+            targets, "labels", as with Hugging Face's transformers. A mapping in the third place is
+            the model_kwargs of `robust_radius` for these samples.
         device: where to move the inputs; default the device of the model's first parameter.
         progress: show a tqdm bar on standard error.
         batch_fn: for a loader that yields something else: makes one of these from a batch.

@@ -9,12 +9,13 @@ in plain PyTorch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from .._common.per_sample import of_rows, with_arguments
 from .._common.user_model import Model, check_device, full_float32, undisturbed
 from ..attacks.borrowed import AttackRay
 from ..search.attack import Searching
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
 
 @overload
 def robust_radius(
-    model: Model, x: Tensor, *, full: Literal[False] = ..., **options: Unpack[SearchOptions]
+    model: Model,
+    x: Tensor,
+    *,
+    full: Literal[False] = ...,
+    model_kwargs: Mapping[str, Any] | None = ...,
+    **options: Unpack[SearchOptions],
 ) -> Tensor: ...
 @overload
 def robust_radius(
@@ -36,6 +42,7 @@ def robust_radius(
     x: Tensor,
     *,
     full: Literal[True, "points"],
+    model_kwargs: Mapping[str, Any] | None = ...,
     **options: Unpack[SearchOptions],
 ) -> RadiusResult: ...
 @shows_options()
@@ -44,6 +51,7 @@ def robust_radius(
     x: Tensor,
     *,
     full: bool | Literal["points"] = False,
+    model_kwargs: Mapping[str, Any] | None = None,
     **options: Unpack[SearchOptions],
 ) -> Tensor | RadiusResult:
     """Distance of each input from the decision boundary: by default on its FGSM ray, in L-inf.
@@ -65,6 +73,10 @@ def robust_radius(
         full: return a RadiusResult instead of the radii alone. "points" keeps the adversarial
             points too, in ``x_adv``, and runs the model on them once more, for ``is_adv``; it needs
             method "bs".
+        model_kwargs: more arguments of the model, ``model(x, **model_kwargs)``. Tensors whose first
+            dimension is N have a row for each sample (an attention mask) and follow it through the
+            search, which runs the model on some of the rows alone; everything else is the same for
+            all. Not for attacks that run the model on a part of the batch.
         {options}
 
     Returns:
@@ -79,6 +91,7 @@ def robust_radius(
         ImportError: the library of an attack is not installed.
     """
     chosen = Options.checked(x, **options).keeping(full)
+    model = with_arguments(model, x, model_kwargs)
     if not len(x):
         result = RadiusResult.empty(x, chosen)
     else:
@@ -93,7 +106,12 @@ def robust_radius(
 
 @shows_options(without=["temperature"])
 def temperature_sweep(
-    model: Model, x: Tensor, temperatures: Sequence[float], **options: Unpack[SearchOptions]
+    model: Model,
+    x: Tensor,
+    temperatures: Sequence[float],
+    *,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **options: Unpack[SearchOptions],
 ) -> list[RadiusResult]:
     """Radii at several temperatures, for the price of one forward and a backward for each.
 
@@ -107,6 +125,7 @@ def temperature_sweep(
         raise TypeError("temperature_sweep takes temperatures, and always returns full results")
     each_at: list[SearchOptions] = [{**options, "temperature": t} for t in temperatures]
     runs = [Options.checked(x, **at) for at in each_at]
+    model = with_arguments(model, x, model_kwargs)
     if not len(x):
         return [RadiusResult.empty(x, run) for run in runs]
     with _ready(model, x, runs[0]) as (x, finite):
@@ -158,7 +177,8 @@ def _forwards(model: Model, x: Tensor, options: Options) -> Iterator[tuple[int, 
     """The forward at x, chunk by chunk: its first row, the leaf, and logits that have a graph."""
     rows = options.batch_size or len(x)
     for begin in range(0, len(x), rows):
-        yield begin, *differentiable_logits(model, x[begin : begin + rows])
+        chunk = slice(begin, begin + rows)
+        yield begin, *differentiable_logits(of_rows(model, chunk), x[chunk])
 
 
 @contextlib.contextmanager

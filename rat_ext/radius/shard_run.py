@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._common.loaders import inputs_and_targets
+from .._common.loaders import arguments_of, inputs_and_targets
+from .._common.per_sample import moved
 from .._common.storage import fingerprint, locked, remove_leftovers
 from .._common.user_model import Model
 from .._core import __version__
@@ -140,7 +141,11 @@ def batch_radii(
 ) -> tuple[RadiusResult, Tensor | None]:
     """The result for one batch of a loader, and the batch's targets on the CPU, if it has any."""
     x, target = inputs_and_targets(batch)
-    result = robust_radius(model, x.to(device), full=True, **options)
+    x = x.to(device)
+    arguments = arguments_of(batch)
+    if arguments is not None:
+        arguments = moved(arguments, x.device)
+    result = robust_radius(model, x, full=True, model_kwargs=arguments, **options)
     return result, None if target is None else target.cpu()
 
 

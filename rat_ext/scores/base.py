@@ -90,7 +90,9 @@ class Score(ABC):
         Args:
             model: as in `score`.
             loader: yields (x, target, ...), or mappings with "pixel_values" and "labels": (N, ...)
-                inputs and (N,) class indices that the model was not trained on.
+                inputs and (N,) class indices that the model was not trained on. A mapping in the
+                third place has more arguments of the model. `rat_ext.map_batches` makes such a
+                loader of any other.
             progress: show a tqdm bar on standard error.
         """
         return self
@@ -130,7 +132,7 @@ class Score(ABC):
 
         Args:
             model: callable from (N, ...) inputs to (N, C) logits, C >= 2, or to an object with
-                ``.logits``.
+                ``.logits``. One that takes more arguments goes through `rat_ext.with_arguments`.
             x: (N, ...) inputs on the model's device.
 
         Returns:

@@ -115,9 +115,9 @@ class Cascade(Score):
             progress: show a tqdm bar on standard error.
         """
         batches = []
-        for x, target in labelled_batches(model, loader, progress, "fit Cascade"):
-            cheap, prediction = self.cheap.score_and_predict(model, x)
-            expensive = self.expensive.score(model, x)
+        for bound, x, target in labelled_batches(model, loader, progress, "fit Cascade"):
+            cheap, prediction = self.cheap.score_and_predict(bound, x)
+            expensive = self.expensive.score(bound, x)
             batches.append([value.cpu() for value in (cheap, expensive, prediction == target)])
         cheap, expensive, correct = (torch.cat(values) for values in zip(*batches, strict=True))
         self.band = fitted_band(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._common.extras import install
 from .._common.loaders import labelled_batches
+from .._common.per_sample import PerSample
 from .._common.user_model import Model, check_device, logits_of, undisturbed
 from .base import Score, no_prediction
 from .registry import register_family
@@ -170,7 +171,10 @@ class _Pairs:
         self._batches = functools.partial(labelled_batches, model, loader, progress, what)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._batches()
+        for model, x, target in self._batches():
+            if isinstance(model, PerSample):
+                raise ValueError("the detectors of pytorch-ood take no model_kwargs")
+            yield x, target
 
 
 def _detector(name: str) -> type[Any]:

@@ -65,9 +65,9 @@ class RelU(TunedLogitScore):
             ValueError: the predictions there are all right, or all wrong.
         """
         logits, correct = [], []
-        for x, target in labelled_batches(model, loader, progress, "fit RelU"):
-            with left_alone(model, x):
-                batch = logits_of(model(x), len(x))
+        for bound, x, target in labelled_batches(model, loader, progress, "fit RelU"):
+            with left_alone(bound, x):
+                batch = logits_of(bound(x), len(x))
             logits.append(batch.cpu())
             correct.append((batch.argmax(1) == target).cpu())
         all_logits, all_correct = torch.cat(logits), torch.cat(correct)

@@ -92,8 +92,10 @@ class TunedScore(Score):
         if len(self.grid) == 1:
             return self
         confidences, correct = [], []
-        for x, target in labelled_batches(model, loader, progress, f"fit {type(self).__name__}"):
-            confidence, prediction = self.score_settings(model, x, self.grid)
+        for bound, x, target in labelled_batches(
+            model, loader, progress, f"fit {type(self).__name__}"
+        ):
+            confidence, prediction = self.score_settings(bound, x, self.grid)
             confidences.append(confidence.cpu())
             correct.append((prediction == target).cpu())
         self.choose(torch.cat(confidences, 1), torch.cat(correct))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common.per_sample import of_rows
 from .._common.user_model import Model, left_alone, logits_of, wide
 from .._common.views import View, name_of_view, view_named
 from .base import Score, no_prediction
@@ -46,7 +47,8 @@ class MSRViews(Score):
             return x.new_empty(0), no_prediction(x)
         with left_alone(model, x):
             views = [x, *(view(x) for view in self.views)]
-            logits = logits_of(model(torch.cat(views)), len(views) * len(x))
+            run = of_rows(model, torch.arange(len(x)).repeat(len(views)))
+            logits = logits_of(run(torch.cat(views)), len(views) * len(x))
         prediction = logits[: len(x)].argmax(1)
         log_p = wide(logits).log_softmax(1).unflatten(0, (len(views), len(x)))
         column = prediction.expand(len(views), -1).unsqueeze(2)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common.per_sample import PerSample, of_rows
 from .._common.user_model import Model, logits_of
 from .._core import core
 from .options import WIDE, Options
@@ -139,10 +140,12 @@ class BracketSearch:
         """Logits of the rows in `index` at each of their `radii`; `points` is room for them."""
         points = points[: len(index) * radii.shape[1]]
         self.points_at(index, radii, points, count)
-        logits = for_core(logits_of(self.model(points), len(points)), self.x)
-        if self.target is None:
-            return logits
-        return self.shown(logits, index.long().repeat_interleave(radii.shape[1]))
+        model, rows = self.model, None
+        if self.target is not None or isinstance(model, PerSample):
+            rows = index.long().repeat_interleave(radii.shape[1])
+            model = of_rows(model, rows)
+        logits = for_core(logits_of(model(points), len(points)), self.x)
+        return logits if rows is None else self.shown(logits, rows)
 
     def shown(self, logits: Tensor, rows: slice | Tensor) -> Tensor:
         """What the core sees of the logits of some rows: all, or (n, 2) others and target."""
@@ -201,9 +204,8 @@ class BracketSearch:
 
         Rows that are settled fill them up; they are counted in `padded_rows`.
         """
-        compiled = hasattr(self.model, "_orig_mod") or hasattr(
-            self.model, "_torchdynamo_orig_callable"
-        )
+        model = self.model.model if isinstance(self.model, PerSample) else self.model
+        compiled = hasattr(model, "_orig_mod") or hasattr(model, "_torchdynamo_orig_callable")
         return compiled or self.x.device.type != "cpu"
 
     @property

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._common.per_sample import of_rows
 from .._common.user_model import Model, logits_of
 from .options import WIDE, Options
 
@@ -156,8 +157,12 @@ def concatenate(results: Sequence[RadiusResult]) -> RadiusResult:
 def verified(model: Model, result: RadiusResult, batch_size: int | None) -> RadiusResult:
     """The result with `is_adv`, for which every row of `x_adv` goes through the model."""
     assert result.x_adv is not None  # checked where points are kept
-    parts = result.x_adv.split(batch_size or len(result))
-    predicted = torch.cat([logits_of(model(part), len(part)).argmax(1) for part in parts])
+    predictions, size = [], batch_size or len(result)
+    for begin in range(0, len(result), size):
+        part = result.x_adv[begin : begin + size]
+        run = of_rows(model, slice(begin, begin + size))
+        predictions.append(logits_of(run(part), len(part)).argmax(1))
+    predicted = torch.cat(predictions)
     return replace(
         result,
         is_adv=result.found & (predicted == result.flipped_to),

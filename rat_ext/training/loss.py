@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._common.bounds import Bounds
+from .._common.per_sample import with_arguments
 from .._common.user_model import at_least_float32, check_device, logits_of
 
 
@@ -96,6 +97,7 @@ class RATLoss:
         t: Tensor,
         *,
         extra: Callable[[Tensor], Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
     ) -> RATLossOutput:
         """The loss of `model` on inputs x with targets t.
 
@@ -106,6 +108,7 @@ class RATLoss:
                 the prediction is the most probable class.
             extra: another loss, a function of the (N, C) logits at x, to add to the clean term. The
                 perturbation is without it. It costs one more backward pass.
+            model_kwargs: more arguments of the model: ``model(x, **model_kwargs)``.
 
         Raises:
             TypeError: the model is not an nn.Module, x is not floating-point.
@@ -113,6 +116,9 @@ class RATLoss:
                 logits do not depend on x through autograd.
         """
         self._check(model, x, t)
+        bound = with_arguments(model, x, model_kwargs)
+        assert isinstance(bound, nn.Module)
+        model = bound
         parameters = [p for p in model.parameters() if p.requires_grad]
         training = torch.is_grad_enabled()
 
