@@ -98,7 +98,7 @@ def logits_of(output: Any, rows: int) -> Tensor:
             f"the model returned logits of shape {tuple(logits.shape)} for {rows} inputs; expected "
             f"({rows}, classes) with at least 2 classes. A single-logit model can return "
             "torch.cat([-z, z], 1) / 2. A model that uses a tensor of the whole batch, such as a "
-            "mask, fails here, as it also gets some of the rows alone: call sample by sample"
+            "mask, fails here, as it also gets some of the rows alone: give it by model_kwargs"
         )
     if not logits.is_floating_point():
         raise TypeError(f"the model returned {logits.dtype}; expected floating-point logits")
