@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .per_sample import moved, with_arguments
+from .per_sample import Arguments, with_arguments
 from .user_model import Model
 
 
@@ -65,12 +65,12 @@ def inputs_and_targets(batch: Any) -> tuple[Tensor, Tensor | None]:
     return x, None if target is None else torch.as_tensor(target)
 
 
-def arguments_of(batch: Any) -> Mapping[str, Any] | None:
+def arguments_of(batch: Any) -> Arguments | None:
     """The model_kwargs of a batch: the mapping in its third place; None if it has none."""
-    if isinstance(batch, tuple | list) and len(batch) > 2 and isinstance(batch[2], Mapping):
-        arguments: Mapping[str, Any] = batch[2]
-        return arguments
-    return None
+    third = batch[2] if isinstance(batch, tuple | list) and len(batch) > 2 else None
+    if isinstance(third, Mapping):
+        return Arguments.checked(third, len(batch[0]))
+    return third if isinstance(third, Arguments) else None
 
 
 def labelled(batch: Any) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def labelled_batches(
             )
         empty = False
         if arguments is not None:
-            yield with_arguments(model, x, moved(arguments, x.device)), x, target
+            yield with_arguments(model, x, arguments.to(x.device)), x, target
         else:
             yield model, x, target
     if empty:

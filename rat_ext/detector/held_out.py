@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import RandomSampler
 
 from .._common.loaders import arguments_of, labelled
-from .._common.per_sample import chosen
 from .._common.storage import raw_bytes
 
 _ADVICE = (
@@ -73,7 +72,7 @@ class _Part:
             if len(rows):
                 self.samples += len(rows)
                 part = x[rows.to(x.device)], target[rows.to(target.device)]
-                yield part if arguments is None else (*part, chosen(arguments, len(x), rows))
+                yield part if arguments is None else (*part, arguments.of(rows))
         if self.split.checksums and not self.samples:
             raise ValueError(
                 f"a tune_share of {self.split.tune_share:g} leaves no sample to "

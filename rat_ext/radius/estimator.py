@@ -15,13 +15,13 @@ import dataclasses
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .._common.per_sample import PerSample
+from .._common.per_sample import Arguments, PerSample, of_rows, with_arguments
 from .._common.user_model import Model, check_device, full_float32, undisturbed
 from .._core import core
 from ..attacks.rays import fgsm
@@ -64,6 +64,9 @@ class RadiusEstimator:
         example_x: (B, ...) inputs, valid in themselves. Later inputs have their row shape, dtype
             and device, and reach the model in their memory format. B is the most rows of a search
             at a time; one forward takes up to B * probes rows.
+        model_kwargs: more arguments of the model, as in `robust_radius`, for the example. Tensors
+            whose first dimension is B are of each sample, and every call gives its own; everything
+            else stays as it is here.
         capture: False runs eagerly on a GPU, too.
         check_input: raise if x is out of bounds, and warn of rows that are not finite, for both of
             which the host waits for a GPU. If False, such rows get nan without a word, and a call
@@ -84,6 +87,7 @@ class RadiusEstimator:
         model: Model,
         example_x: Tensor,
         *,
+        model_kwargs: Mapping[str, Any] | None = None,
         capture: bool = True,
         check_input: bool = True,
         **options: Unpack[SearchOptions],
@@ -105,7 +109,7 @@ class RadiusEstimator:
         if isinstance(model, PerSample):
             raise ValueError(
                 "the model has arguments for the samples of one batch; a RadiusEstimator is for "
-                "many. Use rat_ext.robust_radius with model_kwargs"
+                "many. Give it the model itself, and model_kwargs here and in each call"
             )
         if not len(example_x):
             raise ValueError("example_x has no rows; give a batch of the size that is to be used")
@@ -122,16 +126,30 @@ class RadiusEstimator:
             check_device(model, example)
             with undisturbed(model, device), self._precision():
                 random_state = _random_state(device)
-                _, logits = differentiable_logits(ambient, example)
+                # Buffers of its own, which calls write to.
+                bound = with_arguments(ambient, example, model_kwargs)
+                self._arguments = None
+                if isinstance(bound, PerSample):
+                    bound = bound.of(torch.arange(len(example)))
+                    self._arguments = bound.arguments
+                _, logits = differentiable_logits(bound, example)
                 draws = not torch.equal(random_state, _random_state(device))
-                self._allocate(ambient, example, logits.shape[1])
+                self._allocate(bound, example, logits.shape[1])
                 del logits
                 self._trace(len(example))
                 self.mode = self._prepare(capture, draws)
                 self._addresses = self._parameter_addresses()
 
-    def __call__(self, x: Tensor) -> RadiusResult:
-        """The results of (N, ...) inputs like the example, for any N; see `robust_radius`."""
+    def __call__(
+        self, x: Tensor, *, model_kwargs: Mapping[str, Tensor] | None = None
+    ) -> RadiusResult:
+        """The results of (N, ...) inputs like the example, for any N; see `robust_radius`.
+
+        Args:
+            x: the inputs.
+            model_kwargs: the arguments of each sample, where the estimator was made with such: the
+                same names, (N, ...) tensors otherwise like those of the example.
+        """
         if not isinstance(x, Tensor):
             raise TypeError(f"x is a {type(x).__name__}; expected a torch.Tensor")
         like = self._x
@@ -141,6 +159,7 @@ class RadiusEstimator:
                 f"estimator was made for {tuple(like.shape[1:])}, {like.dtype} on {like.device}. "
                 "Convert x, or make another estimator"
             )
+        arguments = self._like_the_example(x, model_kwargs or {})
         if not len(x):
             return RadiusResult.empty(x, self._options)
         with torch.inference_mode(False), torch.no_grad(), self._lock, self._in_stream_order():
@@ -156,17 +175,43 @@ class RadiusEstimator:
             runs = undisturbed(self._model, self._device) if self._runs_model else _NOTHING
             with runs, self._precision():
                 results, counts = [], [0, 0]
-                for part in x.split(len(like)):
-                    results.append(self._search_rows(part))
+                for begin in range(0, len(x), len(like)):
+                    rows = slice(begin, begin + len(like))
+                    part = x[rows]
+                    results.append(self._search_rows(part, arguments.of(rows)))
                     if self._check_input:
                         counts = [a + b for a, b in zip(counts, self._checked(part), strict=True)]
         result = concatenate(results) if len(results) > 1 else results[0]
         warn_about(counts, len(x), stacklevel=2)
         return result
 
-    def _search_rows(self, x: Tensor) -> RadiusResult:
+    def _like_the_example(self, x: Tensor, given: Mapping[str, Tensor]) -> Arguments:
+        """The arguments of each sample of x; raises if they are not like the example's."""
+        buffers = {} if self._arguments is None else self._arguments.per_sample
+        if given.keys() != buffers.keys():
+            raise ValueError(
+                f"model_kwargs has {', '.join(given) or 'nothing'}; the arguments of each sample "
+                f"that this estimator was made with are {', '.join(buffers) or 'none'}"
+            )
+        for name, value in given.items():
+            like = buffers[name]
+            fine = isinstance(value, Tensor) and value.shape == (len(x), *like.shape[1:])
+            if not fine or (value.dtype, value.device) != (like.dtype, like.device):
+                what = type(value).__name__
+                if isinstance(value, Tensor):
+                    what = f"of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
+                raise ValueError(
+                    f"{name} of model_kwargs is {what}; for {len(x)} inputs this estimator takes "
+                    f"{(len(x), *like.shape[1:])}, {like.dtype} on {like.device}"
+                )
+        return Arguments(len(x), dict(given), {})
+
+    def _search_rows(self, x: Tensor, arguments: Arguments) -> RadiusResult:
         rows = len(x)
         self._x[:rows].copy_(x)
+        for name, value in arguments.per_sample.items():
+            assert self._arguments is not None
+            self._arguments.per_sample[name][:rows].copy_(value)
         self._rows.fill_(rows)
         self._run_trace(rows)
         self._run_search(rows)
@@ -186,7 +231,8 @@ class RadiusEstimator:
     def _trace(self, rows: int) -> None:
         """Take the rays, and make all rows active that are in bounds and no padding."""
         search = self._search
-        leaf, logits = differentiable_logits(search.model, self._x[:rows])
+        model = of_rows(search.model, slice(0, rows))
+        leaf, logits = differentiable_logits(model, self._x[:rows])
         search.aim(leaf, logits)
         padding = self._order[:rows] >= self._rows
         flags = self._flags[:rows].copy_(input_flags(self._x[:rows], self._options))
@@ -215,11 +261,12 @@ class RadiusEstimator:
     # ---- construction ----------------------------------------------------------------------------
 
     def _under_autocast(self, dtype: torch.dtype, enabled: bool) -> Model:
-        def run(x: Tensor) -> Any:
+        def run(x: Tensor, **model_kwargs: Any) -> Any:
             # Without the cache each cast is captured; else a graph would read what an earlier
             # forward cast, and not see the parameters change.
             with torch.autocast(self._device.type, dtype, enabled, cache_enabled=False):
-                return self._model(x)
+                model: Any = self._model
+                return model(x, **model_kwargs)
 
         return run
 

@@ -15,7 +15,7 @@ from torch.utils.data import (
     Sampler,
 )
 
-from .._common.loaders import inputs_and_targets
+from .._common.loaders import arguments_of, inputs_and_targets
 from .._common.storage import raw_bytes
 
 
@@ -69,12 +69,20 @@ class NumberedBatches:
         self.total = sampler.total
 
     def first_batch(self) -> str | None:
-        """Hex SHA-256 of the inputs of the first batch; None where it cannot be read twice."""
+        """Hex SHA-256 of the inputs of the first batch; None where it cannot be read twice.
+
+        Of those that the model takes beside x, too, where each sample has them.
+        """
         if not self.by_index:
             return None
         for batch in self._with(_Wanted(self._sampler, lambda i: i == 0, last=0), num_workers=0):
-            x, _ = inputs_and_targets(self.read(batch))
-            return hashlib.sha256(raw_bytes(x)).hexdigest()
+            read = self.read(batch)
+            digest = hashlib.sha256(raw_bytes(inputs_and_targets(read)[0]))
+            arguments = arguments_of(read)
+            for name, value in sorted(arguments.per_sample.items() if arguments else ()):
+                digest.update(name.encode())
+                digest.update(raw_bytes(value))
+            return digest.hexdigest()
         raise ValueError("the loader gave no batch")
 
     @property

@@ -76,7 +76,9 @@ def robust_radius(
         model_kwargs: more arguments of the model, ``model(x, **model_kwargs)``. Tensors whose first
             dimension is N have a row for each sample (an attention mask) and follow it through the
             search, which runs the model on some of the rows alone; everything else is the same for
-            all. Not for attacks that run the model on a part of the batch.
+            all. See `rat_ext.with_arguments`. Attacks of other libraries and of your own have to
+            run the model on all rows of their batch, in their order: a part of them is an error,
+            another order is not noticed.
         {options}
 
     Returns:
@@ -87,7 +89,8 @@ def robust_radius(
     Raises:
         ValueError: x out of bounds or without a batch dimension, logits that are not (N, C >= 2),
             model and x on different devices, an option out of its range.
-        TypeError: x or the logits are not floating-point tensors.
+        TypeError: x or the logits are not floating-point tensors; model_kwargs is not a mapping, or
+            has tensors in a list, tuple or mapping, which would not follow their samples.
         ImportError: the library of an attack is not installed.
     """
     chosen = Options.checked(x, **options).keeping(full)

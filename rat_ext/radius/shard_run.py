@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._common.loaders import arguments_of, inputs_and_targets
-from .._common.per_sample import moved
+from .._common.per_sample import with_arguments
 from .._common.storage import fingerprint, locked, remove_leftovers
 from .._common.user_model import Model
 from .._core import __version__
@@ -144,8 +144,8 @@ def batch_radii(
     x = x.to(device)
     arguments = arguments_of(batch)
     if arguments is not None:
-        arguments = moved(arguments, x.device)
-    result = robust_radius(model, x, full=True, model_kwargs=arguments, **options)
+        model = with_arguments(model, x, arguments.to(x.device))
+    result = robust_radius(model, x, full=True, **options)
     return result, None if target is None else target.cpu()
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._common.loaders import labelled_batches
+from .._common.per_sample import of_rows
 from .._common.user_model import Model, wide
 from .band import fitted_band
 from .base import Score, ThresholdRule
@@ -174,7 +175,9 @@ class Cascade(Score):
         confidence = confidence.masked_fill(above, math.inf)
         rows = within.nonzero().squeeze(1)
         if len(rows):
-            confidence[rows] = self.expensive.score(model, x[rows]).to(confidence.dtype)
+            confidence[rows] = self.expensive.score(of_rows(model, rows), x[rows]).to(
+                confidence.dtype
+            )
         self._samples += len(x)
         self._examined += len(rows)
         return confidence, prediction

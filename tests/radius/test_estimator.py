@@ -42,6 +42,60 @@ def test_equals_robust_radius(mode, size, counts, options, dtype, seed):
         assert_identical(estimator(x), expected, rows_too=count > 0)
 
 
+class Scaled(RowExact):
+    """Takes a scale for each sample, and a shift for all of them."""
+
+    def forward(self, x: Tensor, scale: Tensor, shift: float = 0.0) -> Tensor:
+        return super().forward(x * scale + shift)
+
+
+def scale_of(rows: int, seed: int) -> Tensor:
+    return 0.2 + 2 * uniform(rows, 1, seed=seed + 1000)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    mode=st.sampled_from(MODES),
+    size=st.integers(1, 9),
+    counts=st.lists(st.integers(0, 25), min_size=1, max_size=3),
+    options=st.sampled_from([{}, {"probes": 3}, {"method": "fast"}]),
+    seed=st.integers(0, 100),
+)
+def test_every_call_has_its_own_arguments(mode, size, counts, options, seed):
+    model, example = Scaled(seed=seed), scale_of(size, seed)
+    kept = {"scale": example, "shift": 0.1}
+    estimator = estimator_in(mode, model, uniform(size, 12), model_kwargs=kept, **options)
+    for i, count in enumerate(counts):
+        x, scale = uniform(count, 12, seed=seed + i), scale_of(count, seed + i)
+        arguments = {"scale": scale, "shift": 0.1}
+        expected = robust_radius(model, x, full=True, model_kwargs=arguments, **options)
+        result = estimator(x, model_kwargs={"scale": scale})
+        assert_identical(result, expected, rows_too=count > 0)
+    assert torch.equal(example, scale_of(size, seed))  # the estimator has buffers of its own
+
+
+@pytest.mark.parametrize(
+    ("message", "given"),
+    [
+        ("has nothing; the arguments of each sample .* are scale", None),
+        ("has scale, shift; .* are scale", {"scale": scale_of(3, 0), "shift": 0.1}),
+        ("scale of model_kwargs is of shape .5, 1.*takes .3, 1", {"scale": scale_of(5, 0)}),
+        ("scale of model_kwargs is .*float32", {"scale": scale_of(3, 0).float()}),
+        ("scale of model_kwargs is .* on meta", {"scale": scale_of(3, 0).to("meta")}),
+        ("scale of model_kwargs is float", {"scale": 1.0}),
+    ],
+)
+def test_arguments_unlike_those_of_the_example(message, given):
+    kept = {"scale": scale_of(4, 0), "shift": 0.1}
+    estimator = RadiusEstimator(Scaled(), uniform(4, 12), model_kwargs=kept)
+    with pytest.raises(ValueError, match=message):
+        estimator(uniform(3, 12), model_kwargs=given)
+    with pytest.raises(ValueError, match=r"has scale; .* are none"):
+        RadiusEstimator(RowExact(), uniform(4, 12))(
+            uniform(3, 12), model_kwargs={"scale": scale_of(3, 0)}
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision_inputs(mode, dtype):

@@ -235,7 +235,7 @@ def test_errors_say_what_to_do():
     assert rat_ext.with_arguments(model, x, {}) is model
     with pytest.raises(ValueError, match="called with 3 inputs, and has arguments for 12 samples"):
         bound(x[:3])
-    with pytest.raises(ValueError, match=r"Use rat_ext.robust_radius with model_kwargs"):
+    with pytest.raises(ValueError, match="model itself, and model_kwargs here and in each call"):
         RadiusEstimator(bound, x)
 
     def part(model, x, y):
