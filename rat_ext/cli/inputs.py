@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, cast, get_
 
 import torch
 import torch.distributed as dist
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from .. import datasets, models
 from ..datasets import Images, Preprocessing, batches
 from ..search.options import OPTIONS, SearchOptions
 
 # What is off or not there unless it is given has no default to show.
-Flag = Annotated[bool, arg(help_behavior_hint="")]
+Flag = Annotated[bool, FlagCreatePairsOff, arg(help_behavior_hint="")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]

@@ -32,7 +32,7 @@ COMMANDS: dict[str, type[Command]] = {
     "detector": DetectorCommand,
     "serve": Serve,
 }
-_STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff)
+_STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parse(arguments)
     name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
     try:
+        if isinstance(command, Train) and command.preset is not None:
+            command = parse(arguments, command.with_defaults())
         command.run()
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         print(f"rat-ext {name}: error: {_as_typed(error, command)}", file=sys.stderr)
@@ -56,8 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> Command:
+def parse(arguments: Sequence[str], defaults: Command | None = None) -> Command:
     """The command that was typed, with its options.
+
+    Args:
+        arguments: the words after "rat-ext".
+        defaults: the command with other defaults than its own.
 
     Raises:
         SystemExit: help was asked for (status 0), or there is no such command or option (2).
@@ -75,6 +81,7 @@ def parse(arguments: Sequence[str]) -> Command:
         description="Robust radii of PyTorch classifiers, and misclassification detection by them. "
         "rat-ext --version tells the version.",
         args=arguments,
+        default=tyro.MISSING if defaults is None else defaults,
         config=_STYLE,
     )
     return command

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -11,13 +11,15 @@ from tyro.conf import arg
 
 from .. import datasets, models
 from ..training import Recipe, train
+from ..training import recipe as recipe_of
 from ..training.checkpoint import write_tensors
-from .inputs import MODEL, PRETRAINED, Data, Device, Flag, OptionalFile, checked
+from .inputs import MODEL, PRETRAINED, Data, Device, Flag, OptionalFile, OptionalName, checked
 
 
 @dataclass(frozen=True)
 class RecipeOptions(Recipe):
-    bf16: Flag = False
+    # Of a flag that can be switched off, too: another recipe may have it on.
+    bf16: Annotated[bool, arg(help_behavior_hint="")] = False
 
     def __post_init__(self) -> None:
         """Not checked yet: an error is to be that of the command."""
@@ -43,8 +45,16 @@ class Train:
     """checkpoint to fine-tune"""
     tensorboard: Flag = False
     """log to OUT/tensorboard, too"""
+    preset: Annotated[OptionalName, arg(name="recipe", metavar="NAME|FILE.toml")] = None
+    """recipe whose values are the defaults of the options below: plain, rat, rat-paper, fmfp,
+    rat-fmfp, crl, or a TOML file (default: rat)"""
     where: Device = field(default_factory=Device)
     recipe: RecipeOptions = field(default_factory=RecipeOptions)
+
+    def with_defaults(self) -> Train:
+        """The command with the recipe that --recipe names in the place of its own."""
+        assert self.preset is not None
+        return replace(self, recipe=RecipeOptions(**asdict(recipe_of(self.preset))))
 
     def run(self) -> None:
         recipe = checked(Recipe, self.recipe)

@@ -10,7 +10,7 @@ from .built_in import (
     IMAGENET_STD,
 )
 from .by_name import create, names, preprocessing, pretrained_classes
-from .checkpoint import classes_in, load_weights, name_in, preprocessing_in
+from .checkpoint import classes_in, load_weights, name_in, preprocessing_in, save_weights
 from .scaling import TemperatureScaling, VectorScaling
 from .views import ViewAveraged, mirrored
 
@@ -37,4 +37,5 @@ __all__ = [
     "preprocessing",
     "preprocessing_in",
     "pretrained_classes",
+    "save_weights",
 ]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._common.storage import unwrapped
+from .._common.storage import unwrapped, write_whole
 from ..datasets import Preprocessing
 from .architectures import Normalized
+
+METADATA = "rat_ext"
+"""Where a .safetensors file says what model it is of."""
 
 
 def name_in(path: str | Path) -> str | None:
@@ -53,6 +57,47 @@ def preprocessing_in(path: str | Path) -> Preprocessing | None:
     return Preprocessing.from_dict(values) if isinstance(values, Mapping) else None
 
 
+def save_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str,
+    classes: Sequence[str],
+    preprocessing: Preprocessing | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model to a .safetensors file that the commands of rat-ext take as a --checkpoint.
+
+    Args:
+        model: whose state dict is written.
+        path: of the file, .safetensors.
+        name: of the model, as for `create`.
+        classes: the names of the classes.
+        preprocessing: what images go through.
+        recipe: how it was trained, such as ``dataclasses.asdict(recipe)``; for readers.
+
+    Raises:
+        ValueError: the path does not end in .safetensors.
+        ImportError: safetensors is not installed.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path is {str(path)!r}; it must end in .safetensors")
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise ImportError("writing .safetensors needs: pip install safetensors") from error
+    told = {
+        "model": name,
+        "classes": list(classes),
+        "preprocessing": preprocessing.to_dict() if preprocessing else None,
+        "recipe": dict(recipe) if recipe is not None else None,
+    }
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    content = save(state, {METADATA: json.dumps(told)})
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint, in one of the common layouts, into the model.
 
@@ -89,10 +134,16 @@ def _read(path: Path) -> Any:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.suffix == ".safetensors":
         try:
-            from safetensors.torch import load_file
+            from safetensors import SafetensorError, safe_open
         except ImportError as error:
             raise ImportError("reading .safetensors needs: pip install safetensors") from error
-        return load_file(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                told = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged, or no .safetensors file: {error}") from error
+        return {"state_dict": state, **told} if told else state
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, unpickling ones among them

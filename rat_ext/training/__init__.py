@@ -2,6 +2,7 @@
 
 from .loop import Trained, train
 from .loss import RATLoss, RATLossOutput
+from .presets import PRESETS, recipe
 from .recipe import Recipe
 
-__all__ = ["RATLoss", "RATLossOutput", "Recipe", "Trained", "train"]
+__all__ = ["PRESETS", "RATLoss", "RATLossOutput", "Recipe", "Trained", "recipe", "train"]

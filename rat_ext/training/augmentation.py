@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,18 +45,29 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 """By the name that a recipe gives them."""
 
 
-def mixup(x: Tensor, t: Tensor, alpha: float, classes: int) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al., ICLR 2018) with one weight, from Beta(alpha, alpha), for the batch.
+class Mixup(NamedTuple):
+    """Mixup (Zhang et al., ICLR 2018) of a batch with itself in another order."""
 
-    Returns:
-        The images mixed with those of the batch in another order, and their (N, classes) class
-        probabilities.
-    """
-    weight = float(torch.distributions.Beta(alpha, alpha).sample())
-    order = torch.randperm(len(x), device=x.device)
-    onehot = F.one_hot(t, classes).to(x.dtype)
-    # Rounding may leave the bounds of the pixels, which the RAT loss checks.
-    return torch.lerp(x[order], x, weight).clamp_(0, 1), torch.lerp(onehot[order], onehot, weight)
+    weight: float
+    """Of the images in their own order; one for the batch."""
+    order: Tensor
+    """(N,)"""
+
+    @staticmethod
+    def drawn(x: Tensor, alpha: float) -> Mixup:
+        """For a batch like x, with the weight from Beta(alpha, alpha)."""
+        weight = float(torch.distributions.Beta(alpha, alpha).sample())
+        return Mixup(weight, torch.randperm(len(x), device=x.device))
+
+    def images(self, x: Tensor) -> Tensor:
+        """The (N, ...) mixed images, differentiable in x."""
+        # Rounding may leave the bounds of the pixels, which the RAT loss checks.
+        return torch.lerp(x[self.order], x, self.weight).clamp(0, 1)
+
+    def targets(self, t: Tensor, classes: int) -> Tensor:
+        """The (N, classes) class probabilities of the mixed images."""
+        onehot = F.one_hot(t, classes).float()
+        return torch.lerp(onehot[self.order], onehot, self.weight)
 
 
 def smoothed(t: Tensor, share: float, classes: int) -> Tensor:

@@ -97,6 +97,7 @@ class RATLoss:
         t: Tensor,
         *,
         extra: Callable[[Tensor], Tensor] | None = None,
+        mix: tuple[Callable[[Tensor], Tensor], Tensor] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> RATLossOutput:
         """The loss of `model` on inputs x with targets t.
@@ -108,6 +109,11 @@ class RATLoss:
                 the prediction is the most probable class.
             extra: another loss, a function of the (N, C) logits at x, to add to the clean term. The
                 perturbation is without it. It costs one more backward pass.
+            mix: how the clean term is mixed, as the authors of RAT do: a differentiable function of
+                x, and the (N, C) targets of its results. The clean term is then that of the mixed
+                inputs; the perturbed term stays that of x and t, in the direction of the gradient
+                in x of the mixed loss, and whether a sample is right is told by x itself, for one
+                more forward pass.
             model_kwargs: more arguments of the model: ``model(x, **model_kwargs)``.
 
         Raises:
@@ -124,12 +130,14 @@ class RATLoss:
 
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
-            logits = logits_of(model(leaf), len(x))
+            shown, shown_t = (leaf, t) if mix is None else (mix[0](leaf), mix[1])
+            logits = logits_of(model(shown), len(x))
             if not torch.is_floating_point(t):
                 _check_classes(t, logits)
             values = at_least_float32(logits)
-            clean = F.cross_entropy(values, t)
-            seed = _cross_entropy_gradient(values.detach(), t).to(logits.dtype)
+            shown_t = shown_t.to(values.dtype) if shown_t.is_floating_point() else shown_t
+            clean = F.cross_entropy(values, shown_t)
+            seed = _cross_entropy_gradient(values.detach(), shown_t).to(logits.dtype)
             wanted = parameters if training else []
             gradient, kept = None, []
             added = None
@@ -158,6 +166,8 @@ class RATLoss:
             kept = [a if b is None else b if a is None else a + b for a, b in pairs]
 
         with torch.no_grad():
+            if mix is not None:
+                logits = logits_of(model(x), len(x))
             target = t.argmax(1) if torch.is_floating_point(t) else t
             right = logits.argmax(1) == target
             sign = torch.where(right, 1.0, -1.0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))

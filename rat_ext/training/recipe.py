@@ -32,11 +32,13 @@ class Recipe:
     """Samples in a step, of all processes together. The last, incomplete batch of an epoch is left
     out."""
     optimizer: str = "sgd"
-    """"sgd" (with Nesterov momentum) or "adamw"."""
+    """"sgd" or "adamw"."""
     lr: float = 0.1
     """Highest learning rate."""
     momentum: float = 0.9
     """Momentum of SGD."""
+    nesterov: bool = True
+    """SGD with Nesterov's momentum."""
     weight_decay: float = 5e-4
     """Weight decay of the optimizer."""
     warmup: int = 0
@@ -48,6 +50,11 @@ class Recipe:
     """Mixup (Zhang et al., ICLR 2018) with weights from Beta(mixup, mixup); 0 for none."""
     mixup_off: int = 0
     """Number of last epochs without mixup."""
+    rat_on: str = "mixed"
+    """What the RAT loss's perturbed term is of, with mixup: "mixed" images, as the clean term, or
+    the "unmixed" ones with their own labels, as the authors of RAT do it."""
+    clip: bool = True
+    """Keep perturbed pixels in [0, 1]."""
     bf16: bool = False
     """Run the network in bfloat16 (autocast)."""
     ema: float = 0.0
@@ -78,6 +85,7 @@ class Recipe:
             "loss": ("ce", "rat"),
             "optimizer": ("sgd", "adamw"),
             "augment": tuple(AUGMENTATIONS),
+            "rat_on": ("mixed", "unmixed"),
         }
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
@@ -107,4 +115,5 @@ class Recipe:
 
     def criterion(self) -> RATLoss:
         """The RAT loss of this recipe."""
-        return RATLoss(self.eps, self.lam, steps=self.steps)
+        bounds = (0.0, 1.0) if self.clip else None
+        return RATLoss(self.eps, self.lam, bounds=bounds, steps=self.steps)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .._common.user_model import at_least_float32, logits_of
 from ..datasets import Labelled, batches, preprocessing_of
 from . import checkpoint, identity
-from .augmentation import AUGMENTATIONS, mixup, smoothed
+from .augmentation import AUGMENTATIONS, Mixup, smoothed
 from .crl import CorrectnessHistory, correctness_ranking
 from .logit_norm import LogitNormalized
 from .recipe import Recipe
@@ -52,7 +52,10 @@ class Run:
         self.parallel = _parallel(model, device) if world > 1 else model
         settings: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
         if recipe.optimizer == "sgd":
-            settings |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
+            settings |= {
+                "momentum": recipe.momentum,
+                "nesterov": recipe.nesterov and recipe.momentum > 0,
+            }
         optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[recipe.optimizer]
         self.optimizer = optimizer(model.parameters(), **settings)
         self.average = None
@@ -86,11 +89,14 @@ class Run:
                 group["lr"] = lr
             x, t = x.to(self.device, non_blocking=True), t.to(self.device, non_blocking=True)
             x = AUGMENTATIONS[self.recipe.augment](x, common, self.world, share)
+            mix = None
             if self.recipe.mixup and self.epoch < self.recipe.epochs - self.recipe.mixup_off:
-                x, t = mixup(x, t, self.recipe.mixup, len(self.data.classes))
+                mix = Mixup.drawn(x, self.recipe.mixup)
+                if self.recipe.loss == "ce" or self.recipe.rat_on == "mixed":
+                    x, t, mix = mix.images(x), mix.targets(t, len(self.data.classes)), None
             self.optimizer.zero_grad()
             index = whole[step, share]
-            loss, logits = self._loss(x, t, index)
+            loss, logits = self._loss(x, t, index, mix)
             if not loss.requires_grad:
                 raise ValueError(
                     "the loss does not depend on the model's parameters through autograd, so there "
@@ -100,7 +106,7 @@ class Run:
             if self.recipe.sam:
                 with at_worst_weights(self.model, self.recipe.sam):
                     self.optimizer.zero_grad()
-                    self._loss(x, t, index)[0].backward()
+                    self._loss(x, t, index, mix)[0].backward()
             self.optimizer.step()
             if self.recipe.ema and self.average is not None:
                 self.average.update_parameters(self.model)
@@ -126,10 +132,18 @@ class Run:
         row = {"loss": total / samples, "accuracy": correct / samples}
         return {"epoch": self.epoch, "lr": lr, **row}
 
-    def _loss(self, x: Tensor, t: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, x: Tensor, t: Tensor, index: Tensor, mix: Mixup | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The loss of a batch, samples ``index`` of the data, and its detached logits."""
+        classes, mixed = len(self.data.classes), None
+        if mix is not None:
+            mixed = (
+                mix.images,
+                smoothed(mix.targets(t, classes), self.recipe.label_smoothing, classes),
+            )
         if self.recipe.label_smoothing:
-            t = smoothed(t, self.recipe.label_smoothing, len(self.data.classes))
+            t = smoothed(t, self.recipe.label_smoothing, classes)
         ranking = None
         if self.correctness is not None:
             shares = self.correctness.shares(index).to(self.device)
@@ -139,7 +153,7 @@ class Run:
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             if self.recipe.loss == "rat":
-                output = self.criterion(self.parallel, x, t, extra=ranking)
+                output = self.criterion(self.parallel, x, t, extra=ranking, mix=mixed)
                 return output.loss, output.logits
             logits = logits_of(self.parallel(x), len(x))
             loss = F.cross_entropy(at_least_float32(logits), t)

@@ -92,7 +92,7 @@ def test_every_option_has_a_help_text(command: str, capsys: pytest.CaptureFixtur
     names = [flag for flag, _ in options]
     kind = {"detector fit": Fit, "detector apply": Apply}.get(command) or ALL_COMMANDS[command]
     for name in options_of(kind):
-        flag = {"start": "--from"}.get(name, f"--{name.replace('_', '-')}")
+        flag = {"start": "--from", "preset": "--recipe"}.get(name, f"--{name.replace('_', '-')}")
         texts = [text for each, text in options if each == flag]
         assert texts, (flag, names)
         assert texts[0] not in "(-╭", flag  # the default, the next option

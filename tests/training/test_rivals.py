@@ -177,7 +177,7 @@ def test_the_history_counts_what_each_epoch_predicted() -> None:
     seen, right = np.zeros(24), np.zeros(24)
     inner = run._loss
 
-    def watched(x: Tensor, t: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def watched(x: Tensor, t: Tensor, index: Tensor, mix: None) -> tuple[Tensor, Tensor]:
         shares = run.correctness.shares(index)
         expected = [right[i] / seen[i] if seen[i] else 0 for i in index]
         assert shares.tolist() == pytest.approx(expected)

@@ -13,7 +13,7 @@ from torch import nn
 
 from rat_ext import datasets, models
 from rat_ext.training import Recipe, train
-from rat_ext.training.augmentation import AUGMENTATIONS, crop_flip, mixup
+from rat_ext.training.augmentation import AUGMENTATIONS, Mixup, crop_flip
 from rat_ext.training.run import Run
 
 FAST = Recipe(epochs=8, batch_size=50, optimizer="adamw", lr=3e-3, eps=0.05)
@@ -253,7 +253,8 @@ def test_mixup_mixes_images_and_targets_alike() -> None:
     t = torch.arange(4)
     x = torch.eye(4).view(4, 1, 1, 4)  # the image of a class is its one-hot code
     torch.manual_seed(0)
-    mixed, target = mixup(x, t, 1.0, 4)
+    mix = Mixup.drawn(x, 1.0)
+    mixed, target = mix.images(x), mix.targets(t, 4)
     assert torch.allclose(mixed.view(4, 4), target)
     assert torch.allclose(target.sum(1), torch.ones(4))
     assert ((target > 0) & (target < 1)).any()
