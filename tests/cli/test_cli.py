@@ -88,7 +88,7 @@ def test_every_option_has_a_help_text(command: str, capsys: pytest.CaptureFixtur
         cli.main([*command.split(), "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     metavar = r"(?:[A-Z|.]+ |CxHxW |\{\S+ |\[\S+ |\.{3}\S+ )*"
-    options = re.findall(rf"(--[a-z0-9][a-z0-9-]*) {metavar}(.)", shown)
+    options = re.findall(rf"(--[a-z0-9][a-z0-9-]*)(?:, --no-\S+)? {metavar}(.)", shown)
     names = [flag for flag, _ in options]
     kind = {"detector fit": Fit, "detector apply": Apply}.get(command) or ALL_COMMANDS[command]
     for name in options_of(kind):
