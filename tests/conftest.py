@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_ray import local_ray
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +34,10 @@ def shared() -> Path:
     if not (path / "models").is_dir():
         pytest.skip(f"{path} has no models: set RAT_EXT_SHARED to the folder of shared data")
     return path
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[None]:
+    """A Ray of this machine alone, with two workers; skips where it is not installed."""
+    with local_ray():
+        yield

@@ -55,8 +55,10 @@ def test_pages_are_found() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_snippets_run(page: Path, reader: dict[str, Any]) -> None:
+def test_snippets_run(page: Path, reader: dict[str, Any], request: pytest.FixtureRequest) -> None:
     text = page.read_text(encoding="utf-8")
+    if "import ray\n" in text:
+        request.getfixturevalue("ray")
     if "export_onnx" in text and not export.ONNX_EXPORTS_PROGRAMS:
         pytest.skip("torch.onnx of this torch is older than what the page shows")
     names = {"__name__": "__main__", **copy.deepcopy(reader)}

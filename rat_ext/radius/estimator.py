@@ -92,20 +92,7 @@ class RadiusEstimator:
         check_input: bool = True,
         **options: Unpack[SearchOptions],
     ) -> None:
-        if "batch_size" in options:
-            raise TypeError("the batch size of a RadiusEstimator is that of example_x")
-        self._options = Options.checked(example_x, **options)
-        names = [attack.name for attack in self._options.attacks]
-        if names != ["fgsm"]:
-            raise ValueError(
-                f"a RadiusEstimator searches FGSM rays; for attack {', '.join(names)} use "
-                "rat_ext.robust_radius"
-            )
-        if self._options.classes is not None:
-            raise ValueError(
-                "target is a tensor, which is of one batch; a RadiusEstimator takes 'runner-up'. "
-                "Use rat_ext.robust_radius"
-            )
+        self._options = estimator_options(example_x, **options)
         if isinstance(model, PerSample):
             raise ValueError(
                 "the model has arguments for the samples of one batch; a RadiusEstimator is for "
@@ -333,6 +320,25 @@ class RadiusEstimator:
             yield
         finally:
             self._done.record(stream)
+
+
+def estimator_options(example_x: Tensor, **options: Unpack[SearchOptions]) -> Options:
+    """The options of a `RadiusEstimator` for inputs like these, checked; raises as it does."""
+    if "batch_size" in options:
+        raise TypeError("the batch size of a RadiusEstimator is that of example_x")
+    checked = Options.checked(example_x, **options)
+    names = [attack.name for attack in checked.attacks]
+    if names != ["fgsm"]:
+        raise ValueError(
+            f"a RadiusEstimator searches FGSM rays; for attack {', '.join(names)} use "
+            "rat_ext.robust_radius"
+        )
+    if checked.classes is not None:
+        raise ValueError(
+            "target is a tensor, which is of one batch; a RadiusEstimator takes 'runner-up'. "
+            "Use rat_ext.robust_radius"
+        )
+    return checked
 
 
 class _Outputs:
