@@ -5,44 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import Future
-from importlib import resources
+from collections.abc import AsyncIterator, Awaitable, Sequence
 
 import prometheus_client as prometheus
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 from torch import Tensor
 
 from .. import __version__
-from .batching import Batcher, ClosedError, QueueFullError
-from .body import CLOSE, file_in, read_body
-from .decoding import Decoder, InputError
+from .batching import Batcher
+from .decoding import Decoder
 from .gate import Answer, Gate, NotFiniteError
+from .judging import Judge
 from .monitoring import Measured, Metrics
-from .schema import ERRORS, REQUEST_BODY, Info, Prediction, Problem
+from .routes import routes
+from .schema import Info
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
-
-INLINE = 2**14
-"""Bytes up to which an input is decoded where it came in, and not in another thread: for small
-ones the change of threads takes longer. An image to be resized may be large however few they are.
-"""
-
-DECODED_TOGETHER = 2
-"""Larger inputs that are decoded at the same time, since each takes several times its size."""
-
-_RETRY = {"Retry-After": "1"}
-# The page is one file: its script and style are its own, and it talks to this server alone.
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; connect-src 'self'; img-src blob: data:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 def create_app(
@@ -77,39 +58,11 @@ def create_app(
         max_wait=settings.max_wait_ms / 1000,
         queue=settings.queue,
     )
-    turns = asyncio.Semaphore(DECODED_TOGETHER)
 
-    def decoded(kind: str, body: bytes) -> Tensor | InputError:
-        try:
-            return decoder(file_in(kind, body))
-        except InputError as error:
-            # Without its traceback, whose frames hold the body: asyncio ties errors into cycles,
-            # which are freed much later.
-            return InputError(str(error), error.status)
-
-    async def judged(kind: str, body: bytes) -> Answer:
-        if len(body) <= INLINE and not decoder.resize:
-            x = decoded(kind, body)
-        else:
-            async with turns:
-                x = await run_in_threadpool(decoded, kind, body)
-        del body  # the answer may take long
-        if isinstance(x, InputError):
-            raise x
-        return await _answer(batcher.submit(x))
+    def submit(x: Tensor) -> Awaitable[Answer]:
+        return asyncio.wrap_future(batcher.submit(x))
 
     metrics.waiting.set_function(lambda: batcher.waiting)
-    page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    info = Info(
-        version=__version__,
-        model=name,
-        input_size=list(decoder.shape),
-        bounds=list(decoder.bounds),
-        classes=None if classes is None else list(classes),
-        resize=decoder.resize,
-        detector=gate.detector is not None,
-        max_body=settings.max_body,
-    )
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -130,38 +83,15 @@ def create_app(
     app.state.batcher = batcher
     app.add_middleware(Measured, metrics=metrics)
 
-    @app.post(
-        "/predict",
-        response_model=Prediction,
-        responses={
-            status: {"description": text, "model": Problem} for status, text in ERRORS.items()
-        },
-        openapi_extra={"requestBody": REQUEST_BODY},
+    app.include_router(
+        routes(
+            Judge(submit, decoder, settings),
+            settings,
+            Info.of(gate, decoder, settings, name, classes),
+            check=batcher.check,
+            observe=metrics.observe,
+        )
     )
-    async def predict(request: Request) -> Prediction:
-        """The prediction for one image or tensor, with its radius and verdict."""
-        with _refusals():
-            batcher.check()  # before time is spent on a body
-        kind = request.headers.get("content-type", "")
-        work = judged(kind, await read_body(request, settings))
-        with _refusals():
-            try:
-                answer = await asyncio.wait_for(work, settings.timeout)
-            except asyncio.TimeoutError as error:
-                message = f"there was no answer after {settings.timeout:g} s"
-                raise HTTPException(504, message, _RETRY) from error
-        verdict = {True: "accepted", False: "rejected", None: "ungated"}[answer.accepted]
-        metrics.predictions.labels(verdict).inc()
-        return Prediction.of(answer, classes)
-
-    @app.get("/", include_in_schema=False)
-    async def index() -> Response:
-        return HTMLResponse(page, headers=_PAGE_HEADERS)
-
-    @app.get("/info")
-    async def what() -> Info:
-        """What is served."""
-        return info
 
     @app.get(
         "/healthz",
@@ -192,26 +122,3 @@ def create_app(
         return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
 
     return app
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Turns the reasons for which work is not taken into answers."""
-    try:
-        yield
-    except InputError as error:
-        raise HTTPException(error.status, str(error)) from error
-    except QueueFullError as error:
-        raise HTTPException(503, f"too much work: {error}; try again", _RETRY) from error
-    except ClosedError as error:
-        raise HTTPException(503, "the server is shutting down", {**_RETRY, **CLOSE}) from error
-
-
-async def _answer(future: Future[Answer]) -> Answer:
-    try:
-        return await asyncio.wrap_future(future)
-    except NotFiniteError as error:
-        raise HTTPException(500, str(error)) from error
-    except Exception as error:
-        logger.exception("the model failed on an input")
-        raise HTTPException(500, "the model failed on this input; see the server's log") from error

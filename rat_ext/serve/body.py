@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from fastapi import HTTPException, Request
 from starlette.requests import ClientDisconnect
@@ -19,7 +19,7 @@ unread data is reset, and a client that is still sending may then never see the 
 
 CLOSE = {"Connection": "close"}
 
-_MAX_PARTS = 16
+_MAX_FIELDS = 16  # that are no files
 _MAX_PART_HEAD = 2**13
 _BOUNDARY = re.compile(r'\bboundary=(?:"([^"]+)"|([^\s;",]+))', re.IGNORECASE)
 _FILE = re.compile(rb"^content-disposition:.*;\s*filename\*?=", re.IGNORECASE | re.MULTILINE)
@@ -65,27 +65,46 @@ async def _drop(stream: AsyncIterator[bytes]) -> None:
 
 
 def file_in(content_type: str, body: bytes) -> bytes:
-    """The first uploaded file of a form, or the body itself.
+    """The first uploaded file of a form, or the body itself."""
+    if not is_form(content_type):
+        return body
+    return bytes(next(files_in(content_type, body)))
+
+
+def is_form(content_type: str) -> bool:
+    """A body of this type is a form, which files are in."""
+    return content_type.lower().startswith("multipart/form-data")
+
+
+def files_in(content_type: str, body: bytes, most: int = 1) -> Iterator[memoryview]:
+    """The uploaded files of a form, without a copy of them.
 
     By hand, because the usual parsers make an object of each piece of a file between two line
     breaks: of 10 MiB of line breaks they make gigabytes.
+
+    Raises:
+        InputError: the form is damaged, has no file, or more than `most`, which are looked at
+            beside a few fields.
     """
-    if not content_type.lower().startswith("multipart/form-data"):
-        return body
     boundary = _BOUNDARY.search(content_type)
     if boundary is None:
         raise InputError("the form's content-type names no boundary between its parts", 400)
     delimiter = b"\r\n--" + (boundary[1] or boundary[2]).encode("latin-1")
     first = body.find(delimiter[2:])  # with no line before it, unless there is a preamble
     at = first + len(delimiter) - 2 if first >= 0 else len(body)
-    for _ in range(_MAX_PARTS):
-        if not body.startswith(b"\r\n", at):  # the last delimiter ends in --
-            break
+    files = fields = 0
+    while fields < _MAX_FIELDS and body.startswith(b"\r\n", at):  # the last one ends in --
         begin = body.find(b"\r\n\r\n", at, at + _MAX_PART_HEAD)
         end = body.find(delimiter, begin + 4)
         if begin < 0 or end < 0:
             raise InputError("the form is damaged: a part of it has no end", 400)
         if _FILE.search(body, at, begin):
-            return body[begin + 4 : end]
+            files += 1
+            if files > most:
+                raise InputError(f"the form has more than {most} files; send fewer at a time", 413)
+            yield memoryview(body)[begin + 4 : end]
+        else:
+            fields += 1
         at = end + len(delimiter)
-    raise InputError("the form has no file: send one in the field file", 400)
+    if not files:
+        raise InputError("the form has no file: send one in the field file", 400)

@@ -35,6 +35,11 @@ class InputError(ValueError):
         super().__init__(message)
         self.status = status
 
+    def alone(self) -> InputError:
+        """The same without its traceback, whose frames hold what was decoded: asyncio ties errors
+        into cycles, which are freed much later."""
+        return InputError(str(self), self.status)
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -69,12 +74,17 @@ class Decoder:
         if self.resize:
             require_torchvision()
 
-    def __call__(self, data: bytes) -> Tensor:
+    def __call__(self, data: bytes | NDArray[Any]) -> Tensor:
         """The input, of `shape` and `dtype`.
+
+        Args:
+            data: a file, or one of the `rows`.
 
         Raises:
             InputError: it is none; says why.
         """
+        if isinstance(data, np.ndarray):
+            return self._checked(data)
         if not data:
             raise InputError("the body is empty; send an image, a .npy array or a JSON list", 400)
         if data.startswith(_NPY):
@@ -83,7 +93,27 @@ class Decoder:
             return self._checked(self._json(data))
         return self._image(data)
 
-    def _npy(self, data: bytes) -> NDArray[Any]:
+    def rows(self, data: bytes, most: int) -> list[NDArray[Any] | InputError]:
+        """The inputs in one file: a .npy array (N, ...), or a JSON list of N of them.
+
+        They are not checked yet: each may still be none that the model takes. A row of JSON that is
+        no array is the error that says so.
+
+        Raises:
+            InputError: it is no such file, or has more than `most` inputs.
+        """
+        if data.startswith(_NPY):
+            return list(self._npy(data, most))
+        if data[:64].lstrip().startswith(b"["):
+            return self._json_rows(data, most)
+        raise InputError(
+            "this is no .npy array and no JSON list of inputs; send images in a form "
+            "(multipart/form-data) with a file for each",
+            415 if data else 400,
+        )
+
+    def _npy(self, data: bytes, most: int | None = None) -> NDArray[Any]:
+        """The array in a file: an input, or at most so many."""
         file = io.BytesIO(data)
         try:
             read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]
@@ -91,7 +121,20 @@ class Decoder:
         except Exception as error:  # a header is Python code, whose parser raises many kinds
             raise InputError(f"this is no .npy file that numpy.load reads: {error}") from error
         # Before memory is allocated for what the header claims.
-        self._check_array(shape, dtype)
+        if most is None:
+            self._check_array(shape, dtype)
+        else:
+            _check_kind(dtype)
+            if (
+                len(shape) != len(self.shape) + 1
+                or shape[1:] != self.shape
+                or bool in map(type, shape)
+            ):
+                raise InputError(
+                    f"the array has shape {shape}; expected (N, {str(self.shape)[1:-1]}), an input "
+                    "of the model in each row"
+                )
+            _check_count(shape[0], most)
         try:
             array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
         except ValueError as error:
@@ -99,8 +142,7 @@ class Decoder:
         return array.reshape(shape, order="F" if columns_first else "C")
 
     def _check_array(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        if dtype.kind not in "fiu":
-            raise InputError(f"the tensor holds {dtype}; expected numbers")
+        _check_kind(dtype)
         if shape != self.shape or bool in map(type, shape):  # True == 1
             raise InputError(f"the tensor has shape {shape}; the model takes one {self.shape}")
 
@@ -122,26 +164,39 @@ class Decoder:
         return x
 
     def _json(self, data: bytes) -> NDArray[np.float64]:
+        return _array(self._parsed(data, inputs=1))
+
+    def _json_rows(self, data: bytes, most: int) -> list[NDArray[Any] | InputError]:
+        rows: list[NDArray[Any] | InputError] = []
+        parsed = self._parsed(data, inputs=most, around=1)
+        _check_count(len(parsed), most)
+        for row in parsed:
+            try:
+                rows.append(_array(row))
+            except InputError as error:
+                rows.append(error.alone())
+        return rows
+
+    def _parsed(self, data: bytes, inputs: int, around: int = 0) -> Any:
+        """The lists in a JSON text of so many inputs, with so many lists around them all."""
         # Before it is parsed: a list of numbers takes up to 16 times the memory of its text, and
-        # one of strings more than there is. No more than an input of the model has is let through.
+        # one of strings more than there is. No more than the inputs have is let through.
         if other := data.translate(None, _IN_JSON_NUMBERS):
             raise InputError(f"the JSON list holds {other[:1]!r}; expected numbers, and no words")
         numbers, lists = data.count(b",") + 1, data.count(b"[")
-        most = math.prod(self.shape)
-        most_lists = 1 + sum(math.prod(self.shape[:i]) for i in range(1, len(self.shape)))
+        most = inputs * math.prod(self.shape)
+        of_an_input = 1 + sum(math.prod(self.shape[:i]) for i in range(1, len(self.shape)))
+        most_lists = around + inputs * of_an_input
         if numbers > most or lists > most_lists:
+            what = "an input" if inputs == 1 else f"at most {inputs} inputs"
             raise InputError(
-                f"the JSON has {numbers} numbers in {lists} lists; the model takes an input of "
+                f"the JSON has {numbers} numbers in {lists} lists; the model takes {what} of "
                 f"shape {self.shape}: {most} numbers in {most_lists} lists"
             )
         try:
-            return np.array(json.loads(data), np.float64)
-        except OverflowError as error:
-            raise InputError("the tensor has values that are not finite in float64") from error
-        except (ValueError, RecursionError) as error:  # also for rows of unequal lengths
-            raise InputError(
-                f"this is no JSON list of numbers, all rows equally long: {error}"
-            ) from error
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise _no_list(error) from error
 
     def _image(self, data: bytes) -> Tensor:
         if len(self.shape) != 3 or self.shape[0] not in _CHANNELS:
@@ -199,3 +254,26 @@ class Decoder:
                 f"{resized[1]} x {resized[0]} pixels; the most is {self.max_pixels}",
                 413,
             )
+
+
+def _check_kind(dtype: np.dtype) -> None:
+    if dtype.kind not in "fiu":
+        raise InputError(f"the tensor holds {dtype}; expected numbers")
+
+
+def _check_count(count: int, most: int) -> None:
+    if count > most:
+        raise InputError(f"there are {count} inputs; send at most {most} at a time", 413)
+
+
+def _array(lists: Any) -> NDArray[np.float64]:
+    try:
+        return np.array(lists, np.float64)
+    except OverflowError as error:
+        raise InputError("the tensor has values that are not finite in float64") from error
+    except (TypeError, ValueError) as error:  # also for rows of unequal lengths
+        raise _no_list(error) from error
+
+
+def _no_list(error: Exception) -> InputError:
+    return InputError(f"this is no JSON list of numbers, all rows equally long: {error}")

@@ -7,7 +7,10 @@ import time
 import prometheus_client as prometheus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .gate import Answer
 from .settings import Settings
+
+_PREDICTING = ("/predict", "/predict-batch")
 
 
 class Metrics:
@@ -45,6 +48,11 @@ class Metrics:
             self.predictions.labels(verdict)  # shown as 0 before the first
         prometheus.ProcessCollector(registry=registry)
 
+    def observe(self, answer: Answer) -> None:
+        """Count an answer."""
+        verdict = {True: "accepted", False: "rejected", None: "ungated"}[answer.accepted]
+        self.predictions.labels(verdict).inc()
+
 
 class Measured:
     """ASGI middleware that counts and times the requests for a prediction."""
@@ -53,7 +61,7 @@ class Measured:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].endswith("/predict"):
+        if scope["type"] != "http" or not scope["path"].endswith(_PREDICTING):
             await self.app(scope, receive, send)
             return
         start = time.perf_counter()

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from .gate import Answer
+from .. import __version__
+from .decoding import Decoder
+from .gate import Answer, Gate
+from .settings import Settings
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 REQUEST_BODY = {
@@ -23,6 +26,22 @@ REQUEST_BODY = {
                 "required": ["file"],
             }
         },
+    },
+}
+BATCH_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "file": {"type": "array", "items": {"type": "string", "format": "binary"}}
+                },
+                "required": ["file"],
+            }
+        },
+        "application/octet-stream": _BINARY,
+        "application/json": {"schema": {"type": "array", "items": {}}},
     },
 }
 ERRORS = {
@@ -70,6 +89,20 @@ class Prediction(BaseModel):
         )
 
 
+class Result(BaseModel):
+    """What became of one of several inputs."""
+
+    status: int = Field(description="the HTTP status that /predict would have had; 200 if it went")
+    prediction: Prediction | None = None
+    detail: str | None = Field(default=None, description="what is wrong, and what to do")
+
+
+class Predictions(BaseModel):
+    """What the service answers to several inputs."""
+
+    results: list[Result] = Field(description="in the order of the inputs")
+
+
 class Problem(BaseModel):
     """What every error comes as."""
 
@@ -87,6 +120,29 @@ class Info(BaseModel):
     resize: bool
     detector: bool
     max_body: int
+    max_inputs: int
+
+    @classmethod
+    def of(
+        cls,
+        gate: Gate,
+        decoder: Decoder,
+        settings: Settings,
+        name: str,
+        classes: Sequence[str] | None,
+    ) -> Info:
+        """That a gate is served under a name, and with these names of its classes."""
+        return cls(
+            version=__version__,
+            model=name,
+            input_size=list(decoder.shape),
+            bounds=list(decoder.bounds),
+            classes=None if classes is None else list(classes),
+            resize=decoder.resize,
+            detector=gate.detector is not None,
+            max_body=settings.max_body,
+            max_inputs=settings.queue,
+        )
 
 
 def _finite(value: float | None) -> float | None:

@@ -3,80 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from files import BAD, GREY, image_file
 from helpers import RowExact, mlp, uniform
-from service import PATIENCE, Brightness, Fragile, metrics_in, npy
+from in_process import HeldModel, client, get, post, service, soon
+from service import Brightness, Fragile, metrics_in, npy
 from torch import Tensor, nn
 
 import rat_ext
-from rat_ext.serve import Settings
-from rat_ext.serve.app import create_app
 from rat_ext.serve.batching import Batcher
 from rat_ext.serve.body import file_in
-from rat_ext.serve.decoding import Decoder, InputError
-from rat_ext.serve.gate import Gate
-
-
-@contextlib.contextmanager
-def service(
-    model: nn.Module,
-    shape: tuple[int, ...] = (12,),
-    dtype: torch.dtype = torch.float64,
-    detector: Callable | None = None,
-    classes: list[str] | None = None,
-    **options: Any,
-) -> Iterator[Any]:
-    """The ASGI application."""
-    app = create_app(
-        Gate(model, detector),
-        Decoder(shape, dtype),
-        Settings(**{"max_wait_ms": 0.0, **options}),
-        name="a model",
-        classes=classes,
-    )
-    try:
-        yield app
-    finally:
-        app.state.batcher.close()
-        assert app.state.batcher.join(PATIENCE)
-
-
-def client(app: Any) -> Any:
-    return httpx.AsyncClient(
-        transport=httpx.ASGITransport(app=app, raise_app_exceptions=False),
-        base_url="http://service",
-        timeout=None,
-    )
-
-
-def post(app: Any, *bodies: Any, **options: Any) -> list[Any]:
-    """The answers to requests that are made together."""
-
-    async def together() -> list[Any]:
-        async with client(app) as http:
-            posts = (http.post("/predict", content=body, **options) for body in bodies)
-            return await asyncio.gather(*posts)
-
-    return asyncio.run(together())
-
-
-def get(app: Any, path: str) -> Any:
-    async def one() -> Any:
-        async with client(app) as http:
-            return await http.get(path)
-
-    return asyncio.run(one())
+from rat_ext.serve.decoding import InputError
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 8])
@@ -243,26 +186,6 @@ def test_no_more_of_a_body_is_read_than_is_allowed(monkeypatch: pytest.MonkeyPat
         assert response.json()["detail"] == "the request has more than 1000 bytes"
         assert response.headers["connection"] == "close"
     assert taken <= 12
-
-
-class HeldModel(RowExact):
-    """A model that the test holds up."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entered, self.release = threading.Semaphore(0), threading.Event()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.entered.release()
-        assert self.release.wait(PATIENCE)
-        return super().forward(x)
-
-
-async def soon(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.002)
 
 
 def test_a_full_queue_is_503_and_the_queued_are_answered() -> None:

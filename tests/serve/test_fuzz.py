@@ -63,7 +63,7 @@ def test_requests_by_the_document(served: Path) -> None:
         assert it.process.wait(PATIENCE) == 0
         assert it.process.stderr.read() == ""
     paths = ("GET /info", "GET /healthz", "GET /readyz", "GET /metrics")
-    assert tried == {"POST /predict", *paths}
+    assert tried == {"POST /predict", "POST /predict-batch", *paths}
 
 
 def array_files() -> st.SearchStrategy[bytes]:
@@ -88,6 +88,8 @@ FILES = [
     *(image_file(GREY, kind) for kind in ("PNG", "JPEG", "WEBP")),
     npy([GREY / 255]),
     str([(GREY / 255).tolist()]).encode(),
+    npy([[GREY / 255], [GREY]]),
+    str([[(GREY / 255).tolist()], 1, []]).encode(),
 ]
 TYPES = [
     "",
@@ -110,7 +112,12 @@ def test_requests_like_those_of_clients(app: Any, data: st.DataObject) -> None:
     body = bytes(file)
     if kind in BOUNDARIES:
         body = PART + body + data.draw(st.sampled_from([b"\r\n--b--\r\n", b"\r\n--b\r\n", b""]))
-    response = TestClient(app).post("/predict", content=body, headers={"Content-Type": kind})
-    assert response.status_code in {200, 400, 413, 415, 422}, (kind, body, response.text)
-    if response.status_code != 200:
-        assert response.json()["detail"]
+    for path in ("/predict", "/predict-batch"):
+        response = TestClient(app).post(path, content=body, headers={"Content-Type": kind})
+        answer = response.json()
+        problems = [{"status": response.status_code, **answer}]
+        if response.status_code == 200:
+            problems = [each for each in answer.get("results", []) if each["status"] != 200]
+        for problem in problems:
+            assert problem["status"] in {400, 413, 415, 422}, (path, kind, body, answer)
+            assert problem["detail"]
