@@ -46,7 +46,7 @@ def create_app(
         classes: names of the classes, in the order of the logits.
     """
     settings = settings or Settings()
-    metrics = Metrics(settings)
+    metrics = Metrics(settings, decoder.bounds)
 
     def run(inputs: list[Tensor]) -> list[Answer | NotFiniteError]:
         metrics.batch_size.observe(len(inputs))

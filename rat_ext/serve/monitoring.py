@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import prometheus_client as prometheus
@@ -10,13 +11,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .gate import Answer
 from .settings import Settings
 
+_SIZES = [10 ** (k / 2) for k in range(4, -11, -1)]
+"""Half decades, from 100 down to 1e-5."""
+_CONFIDENCES = sorted(
+    {0.0, *_SIZES, *(-size for size in _SIZES), *(1 - size for size in _SIZES if size < 0.5)}
+)
+"""Of any score: logits and radii on both sides of 0, and probabilities, which crowd below 1."""
 _PREDICTING = ("/predict", "/predict-batch")
 
 
 class Metrics:
     """The service's Prometheus metrics, in a registry of their own."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, bounds: tuple[float, float]) -> None:
         registry = prometheus.CollectorRegistry()
         self.registry = registry
         self.requests = prometheus.Counter(
@@ -46,12 +53,29 @@ class Metrics:
         )
         for verdict in ("accepted", "rejected", "ungated"):
             self.predictions.labels(verdict)  # shown as 0 before the first
+        low, high = bounds
+        self.radius = prometheus.Histogram(
+            "rat_ext_radius",
+            "Robust radii that were found, in the units of the input.",
+            buckets=[(high - low) * size for size in reversed(_SIZES) if size <= 1],
+            registry=registry,
+        )
+        self.confidence = prometheus.Histogram(
+            "rat_ext_confidence",
+            "The detector's confidences.",
+            buckets=_CONFIDENCES,
+            registry=registry,
+        )
         prometheus.ProcessCollector(registry=registry)
 
     def observe(self, answer: Answer) -> None:
         """Count an answer."""
         verdict = {True: "accepted", False: "rejected", None: "ungated"}[answer.accepted]
         self.predictions.labels(verdict).inc()
+        if answer.radius is not None and math.isfinite(answer.radius):  # else the sum is no more
+            self.radius.observe(answer.radius)
+        if answer.confidence is not None:
+            self.confidence.observe(answer.confidence)
 
 
 class Measured:

@@ -107,6 +107,24 @@ def test_shows_a_verdict(page: chromium.Page, server: Program, digit: Path) -> N
             "87.5 %",
         ),
         (
+            {"accepted": True, "confidence": 0.99999, "probability": 0.9996},
+            "Accepted",
+            "0.99999",
+            "99.96 %",
+        ),
+        (
+            {"accepted": True, "confidence": 1 - 2**-53, "probability": 1.0},
+            "Accepted",
+            "0.9999999999999999",
+            "100 %",
+        ),
+        (
+            {"accepted": False, "confidence": -12.345, "probability": 1e-7},
+            "Rejected",
+            "-12.3",
+            "0.00001 %",
+        ),
+        (
             {"accepted": False, "confidence": None, "probability": None},
             "Rejected",
             "the lowest",
