@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import prometheus_client as prometheus
 from fastapi import FastAPI, Response
@@ -14,6 +14,7 @@ from fastapi.responses import PlainTextResponse
 from torch import Tensor
 
 from .. import __version__
+from .access_log import work
 from .batching import Batcher
 from .decoding import Decoder
 from .gate import Answer, Gate, NotFiniteError
@@ -59,8 +60,13 @@ def create_app(
         queue=settings.queue,
     )
 
-    def submit(x: Tensor) -> Awaitable[Answer]:
-        return asyncio.wrap_future(batcher.submit(x))
+    async def submit(x: Tensor) -> Answer:
+        pending = batcher.submit(x)
+        try:
+            return await asyncio.wrap_future(pending)
+        finally:
+            if pending.together and (done := work.get()):
+                done.add(pending)
 
     metrics.waiting.set_function(lambda: batcher.waiting)
 

@@ -22,10 +22,21 @@ class ClosedError(RuntimeError):
     """No new items are taken."""
 
 
+class Pending(Future[Result]):
+    """The result of an item, and once it is there, what it took."""
+
+    waited = 0.0
+    """Seconds until its batch began."""
+    ran = 0.0
+    """Seconds that its batch took."""
+    together = 0
+    """Items in its batch."""
+
+
 @dataclass
 class _Job(Generic[Item, Result]):
     item: Item
-    future: Future[Result] = field(default_factory=Future)
+    future: Pending[Result] = field(default_factory=Pending)
     since: float = field(default_factory=time.monotonic)
 
 
@@ -86,7 +97,7 @@ class Batcher(Generic[Item, Result]):
         if len(self._jobs) >= self._queue:
             raise QueueFullError(f"{self._queue} items wait already")
 
-    def submit(self, item: Item) -> Future[Result]:
+    def submit(self, item: Item) -> Pending[Result]:
         """The result of an item, once it is there. Cancelled in time, the item is not run.
 
         Raises:
@@ -129,19 +140,22 @@ class Batcher(Generic[Item, Result]):
             return [self._jobs.popleft() for _ in range(min(self._max_batch, len(self._jobs)))]
 
     def _settle(self, jobs: list[_Job[Item, Result]]) -> None:
+        begin = time.monotonic()
         try:
             results = self._run([job.item for job in jobs])
             if len(results) != len(jobs):
                 raise RuntimeError(f"{len(results)} results for {len(jobs)} items")
         except Exception as error:
-            if len(jobs) == 1:
-                jobs[0].future.set_exception(error)
+            if len(jobs) > 1:
+                middle = len(jobs) // 2
+                self._settle(jobs[:middle])
+                self._settle(jobs[middle:])
                 return
-            middle = len(jobs) // 2
-            self._settle(jobs[:middle])
-            self._settle(jobs[middle:])
-            return
+            results = [error]
+        ran = time.monotonic() - begin
         for job, result in zip(jobs, results, strict=True):
+            job.future.waited, job.future.ran = begin - job.since, ran
+            job.future.together = len(jobs)
             if isinstance(result, Exception):
                 job.future.set_exception(result)
             else:

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .access_log import AccessLog, Style, log_to_stdout
 from .body import LINGER
 from .settings import Settings
 
@@ -139,7 +140,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
-    access_log: bool = False,
+    access_log: Style | bool = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then answer what was accepted, and return.
 
@@ -148,21 +149,25 @@ def serve(
         settings: the same as the app's.
         host: name or address to listen on.
         port: 0 for a free one. The address is printed once it takes requests.
-        access_log: log every request.
+        access_log: print a line for each request, as `AccessLog` has it: "text" (or True) or
+            "json".
 
     Raises:
         ValueError: there is no such port.
         OSError: the address cannot be had.
     """
     listener = listen(host, port)
+    if access_log:
+        app.add_middleware(AccessLog, style="text" if access_log is True else access_log)
+        log_to_stdout()
     longest = settings.body_timeout + LINGER + settings.timeout
     config = uvicorn.Config(
         app,
         http=_protocol(settings.body_timeout, settings.connections),
         ws="none",
         lifespan="on",
-        log_level="info" if access_log else "warning",
-        access_log=access_log,
+        log_level="warning",
+        access_log=False,  # uvicorn's own tells less
         timeout_graceful_shutdown=math.ceil(longest) + 1,
     )
     with listener:
