@@ -14,6 +14,7 @@ from fastapi.responses import PlainTextResponse
 from torch import Tensor
 
 from .. import __version__
+from . import api_docs
 from .access_log import work
 from .batching import Batcher
 from .decoding import Decoder
@@ -77,18 +78,18 @@ def create_app(
         if not await run_in_threadpool(batcher.join, settings.timeout):
             logger.error("the model did not finish its last batch in %g s", settings.timeout)
 
-    # The interactive documentation of FastAPI would load scripts from elsewhere.
     app = FastAPI(
         title="rat_ext",
         version=__version__,
         description="Predictions with their robust radius and a verdict.",
-        docs_url=None,
+        docs_url=None,  # it would load scripts from elsewhere; api_docs has its own
         redoc_url=None,
+        servers=[{"url": "."}],  # beside the document, also where a proxy puts it below a prefix
         lifespan=lifespan,
     )
     app.state.batcher = batcher
     app.add_middleware(Measured, metrics=metrics)
-
+    api_docs.add_to(app)
     app.include_router(
         routes(
             Judge(submit, decoder, settings),
@@ -101,6 +102,7 @@ def create_app(
 
     @app.get(
         "/healthz",
+        summary="Is the process of use?",
         response_class=PlainTextResponse,
         responses={503: {"description": "the process is of no more use"}},
     )
@@ -112,6 +114,7 @@ def create_app(
 
     @app.get(
         "/readyz",
+        summary="Are requests taken?",
         response_class=PlainTextResponse,
         responses={503: {"description": "no requests are taken"}},
     )
@@ -121,7 +124,7 @@ def create_app(
             return PlainTextResponse("ready\n")
         return PlainTextResponse("shutting down\n", 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", summary="Numbers to watch", response_class=PlainTextResponse)
     async def exposition() -> Response:
         """Prometheus metrics."""
         text = prometheus.generate_latest(metrics.registry)

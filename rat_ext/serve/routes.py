@@ -32,8 +32,14 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+_RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "model": Problem} for status, text in ERRORS.items()
+    status: {
+        "description": text,
+        "model": Problem,
+        **({"headers": _RETRY} if status in (503, 504) else {}),
+    }
+    for status, text in ERRORS.items()
 }
 
 
@@ -69,6 +75,7 @@ def routes(
 
     @router.post(
         "/predict",
+        summary="Predict one input",
         response_model=Prediction,
         responses=_PROBLEMS,
         openapi_extra={"requestBody": REQUEST_BODY},
@@ -79,6 +86,7 @@ def routes(
 
     @router.post(
         "/predict-batch",
+        summary="Predict several inputs",
         response_model=Predictions,
         responses=_PROBLEMS,
         openapi_extra={"requestBody": BATCH_BODY},
@@ -98,7 +106,7 @@ def routes(
     async def index() -> Response:
         return HTMLResponse(page, headers=_PAGE_HEADERS)
 
-    @router.get("/info")
+    @router.get("/info", summary="What is served")
     async def what() -> Info:
         """What is served."""
         return info

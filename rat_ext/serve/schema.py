@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__
 from .decoding import Decoder
@@ -13,35 +14,40 @@ from .gate import Answer, Gate
 from .settings import Settings
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
+_NUMBERS = {"type": "array", "items": {}}
+
+
+def _form(file: dict[str, Any], description: str) -> dict[str, Any]:
+    properties = {"file": {**file, "description": description}}
+    return {"schema": {"type": "object", "properties": properties, "required": ["file"]}}
+
+
 REQUEST_BODY = {
+    "description": "One input: an image of the model's size; a .npy array or a JSON list of the "
+    "model's shape, without a batch dimension, within the bounds (see /info); or a form with such "
+    "a file. The first bytes tell which it is, whatever the content type says.",
     "required": True,
     "content": {
         **{f"image/{kind}": _BINARY for kind in ("png", "jpeg", "webp")},
         "application/octet-stream": _BINARY,
-        "application/json": {"schema": {"type": "array", "items": {}}},
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {"file": {"type": "string", "format": "binary"}},
-                "required": ["file"],
-            }
-        },
+        "application/json": {"schema": _NUMBERS, "example": [[[0.0, 0.25], [0.5, 1.0]]]},
+        "multipart/form-data": _form(_BINARY["schema"], "an image, a .npy array or a JSON list"),
     },
 }
 BATCH_BODY = {
+    "description": "Up to max_inputs (see /info) inputs: a form with a file for each, a .npy array "
+    "of shape (N, ...), or a JSON list of inputs.",
     "required": True,
     "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {
-                    "file": {"type": "array", "items": {"type": "string", "format": "binary"}}
-                },
-                "required": ["file"],
-            }
-        },
+        "multipart/form-data": _form(
+            {"type": "array", "items": _BINARY["schema"]},
+            "each an image, a .npy array or a JSON list",
+        ),
         "application/octet-stream": _BINARY,
-        "application/json": {"schema": {"type": "array", "items": {}}},
+        "application/json": {
+            "schema": _NUMBERS,
+            "example": [[[[0.0, 0.25], [0.5, 1.0]]], [[[1.0, 0.75], [0.5, 0.0]]]],
+        },
     },
 }
 ERRORS = {
@@ -56,8 +62,27 @@ ERRORS = {
 }
 
 
+_PREDICTION: dict[str, Any] = {
+    "prediction": 8,
+    "class_name": "8",
+    "radius": 0.1072,
+    "found": True,
+    "confidence": 0.1072,
+    "probability": 0.98,
+    "accepted": True,
+}
+_DETAIL = "the image is 6 wide and 5 high, the model takes 8 x 8; resize it, or start the server "
+_DETAIL += "with --resize"
+_RESULTS: list[Any] = [
+    {"status": 200, "prediction": _PREDICTION, "detail": None},
+    {"status": 422, "prediction": None, "detail": _DETAIL},
+]
+
+
 class Prediction(BaseModel):
     """What the service answers."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_PREDICTION]})
 
     prediction: int = Field(description="index of the class")
     class_name: str | None = Field(description="its name, if known")
@@ -92,13 +117,17 @@ class Prediction(BaseModel):
 class Result(BaseModel):
     """What became of one of several inputs."""
 
-    status: int = Field(description="the HTTP status that /predict would have had; 200 if it went")
-    prediction: Prediction | None = None
+    model_config = ConfigDict(json_schema_extra={"examples": _RESULTS})
+
+    status: int = Field(description="what /predict would have had: 200, or that of an error")
+    prediction: Prediction | None = Field(default=None, description="if the status is 200")
     detail: str | None = Field(default=None, description="what is wrong, and what to do")
 
 
 class Predictions(BaseModel):
     """What the service answers to several inputs."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"results": _RESULTS}]})
 
     results: list[Result] = Field(description="in the order of the inputs")
 
@@ -106,21 +135,43 @@ class Predictions(BaseModel):
 class Problem(BaseModel):
     """What every error comes as."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"detail": _DETAIL}]})
+
     detail: str = Field(description="what is wrong, and what to do")
 
 
 class Info(BaseModel):
     """What is served."""
 
-    version: str
-    model: str
-    input_size: list[int]
-    bounds: list[float] = Field(min_length=2, max_length=2)
-    classes: list[str] | None
-    resize: bool
-    detector: bool
-    max_body: int
-    max_inputs: int
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "version": "0.1.0",
+                    "model": "digits-cnn",
+                    "input_size": [1, 8, 8],
+                    "bounds": [0.0, 1.0],
+                    "classes": list("0123456789"),
+                    "resize": False,
+                    "detector": True,
+                    "max_body": 10485760,
+                    "max_inputs": 256,
+                }
+            ]
+        }
+    )
+
+    version: str = Field(description="of rat_ext")
+    model: str = Field(description="its name")
+    input_size: list[int] = Field(description="shape of an input: (C, H, W) for images")
+    bounds: list[float] = Field(
+        min_length=2, max_length=2, description="smallest and largest value of an input element"
+    )
+    classes: list[str] | None = Field(description="in the order of the logits; null if not known")
+    resize: bool = Field(description="images of another size are resized, not refused")
+    detector: bool = Field(description="there is one, which gives verdicts")
+    max_body: int = Field(description="most bytes of a request")
+    max_inputs: int = Field(description="most inputs of a request to /predict-batch")
 
     @classmethod
     def of(

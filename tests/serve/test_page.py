@@ -169,3 +169,27 @@ def test_only_its_own_server_may_be_asked(page: chromium.Page, server: Program) 
         assert page.evaluate(code) == "blocked"
     assert any("Content Security Policy" in line for line in page.console)
     assert server.post(npy(np.zeros((1, 8, 8)))).status_code == 200
+
+
+def click(selector: str) -> str:
+    """Clicks on what is there, if it is."""
+    element = f"document.querySelector({json.dumps(selector)})"
+    return f"{element} !== null && ({element}.click(), true)"
+
+
+def test_the_interactive_documentation_needs_no_other_server(
+    page: chromium.Page, server: Program, digit: Path
+) -> None:
+    pytest.importorskip("fastapi_offline")
+    seen = len(page.console)
+    page.open(f"http://127.0.0.1:{server.port}/docs")
+    page.until("document.body.innerText.includes('Predict several inputs')")
+    for selector in ("#operations-default-predict_predict_post button", ".try-out__btn"):
+        page.until(click(selector))
+    page.until("document.querySelector('input[type=file]') !== null")
+    page.choose_file("input[type=file]", digit)
+    page.until(click(".execute"))
+    page.until("document.querySelector('.live-responses-table .microlight') !== null")
+    answer = page.evaluate("document.querySelector('.live-responses-table .microlight').innerText")
+    assert json.loads(answer) == server.post(digit.read_bytes()).json()
+    assert page.console[seen:] == []
