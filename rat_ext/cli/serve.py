@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from tyro.conf import arg
 
 from .. import models
 from .._common.extras import install
-from ..detector import Detector
-from ..search.options import Options
 from ..serve import Settings
 from .inputs import (
     Classifier,
@@ -69,8 +65,8 @@ class Serve:
     """name or address to listen on"""
     port: int = 8000
     """port to listen on; 0 for a free one"""
-    access_log: Flag = False
-    """log every request"""
+    access_log: Annotated[Literal["text", "json"] | None, arg(help_behavior_hint="")] = None
+    """print a line for each request, as text or as a JSON object"""
     where: Device = field(default_factory=Device)
     radii: Search = field(default_factory=Search)
     settings: SettingsOptions = field(default_factory=SettingsOptions)
@@ -78,8 +74,7 @@ class Serve:
     def run(self) -> None:
         try:
             from ..serve import app, server
-            from ..serve.decoding import Decoder
-            from ..serve.gate import Gate
+            from ..serve.loading import make_gate
         except ModuleNotFoundError as error:
             raise ImportError(f"serving needs {error.name}: {install('serve')}") from error
         settings = checked(Settings, self.settings)
@@ -94,24 +89,16 @@ class Serve:
         classes = self._class_names()
         model = self.classifier.load(self._num_classes(classes))
         with self.where.use() as (device, _):
-            model.to(device)
-            parameter = next(model.parameters(), None)
-            dtype = torch.float32 if parameter is None else parameter.dtype
-            low, high = self.radii.bounds
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise ValueError(
-                    f"bounds is {(low, high)}; to serve they must be finite: those of the pixels "
-                    "of an image, or of the values that the model was trained on"
-                )
-            options = searched(self.radii)
-            Options.checked(torch.empty(1, *shape, dtype=dtype), **options)
-            detector = None
-            if self.detector is not None:
-                detector = Detector.load(self.detector, model)
-            gate = Gate(model, detector, not self.no_radius, device, options)
-            gate.warm_up(shape, dtype)
-            decoder = Decoder(
-                shape, dtype, (low, high), self.resize, settings.max_pixels, preprocessing
+            gate, decoder = make_gate(
+                model,
+                shape,
+                detector=self.detector,
+                radius=not self.no_radius,
+                device=device,
+                resize=self.resize,
+                max_pixels=settings.max_pixels,
+                preprocessing=preprocessing,
+                options=searched(self.radii),
             )
             application = app.create_app(gate, decoder, settings, name=name, classes=classes)
             server.serve(application, settings, self.host, self.port, access_log=self.access_log)

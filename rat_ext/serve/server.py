@@ -140,7 +140,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
-    access_log: Style | bool = False,
+    access_log: Style | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then answer what was accepted, and return.
 
@@ -149,8 +149,7 @@ def serve(
         settings: the same as the app's.
         host: name or address to listen on.
         port: 0 for a free one. The address is printed once it takes requests.
-        access_log: print a line for each request, as `AccessLog` has it: "text" (or True) or
-            "json".
+        access_log: print a line for each request, as "text" or "json".
 
     Raises:
         ValueError: there is no such port.
@@ -158,7 +157,7 @@ def serve(
     """
     listener = listen(host, port)
     if access_log:
-        app.add_middleware(AccessLog, style="text" if access_log is True else access_log)
+        app.add_middleware(AccessLog, style=access_log)
         log_to_stdout()
     longest = settings.body_timeout + LINGER + settings.timeout
     config = uvicorn.Config(

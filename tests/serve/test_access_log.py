@@ -116,7 +116,7 @@ def test_nothing_was_run_in_time(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_command_prints_lines(served: Path) -> None:
-    with program(served, "--access-log") as it:
+    with program(served, "--access-log", "text") as it:
         assert it.post(npy(np.zeros((1, 8, 8)))).status_code == 200
         assert it.get("/healthz").status_code == 200
         it.process.send_signal(signal.SIGTERM)
