@@ -65,7 +65,9 @@ class Serve:
     """name or address to listen on"""
     port: int = 8000
     """port to listen on; 0 for a free one"""
-    access_log: Annotated[Literal["text", "json"] | None, arg(help_behavior_hint="")] = None
+    access_log: Annotated[
+        Literal["text", "json"] | None, arg(metavar="{text,json}", help_behavior_hint="")
+    ] = None
     """print a line for each request, as text or as a JSON object"""
     where: Device = field(default_factory=Device)
     radii: Search = field(default_factory=Search)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import prometheus_client as prometheus
 from fastapi import FastAPI, Response
@@ -78,18 +79,9 @@ def create_app(
         if not await run_in_threadpool(batcher.join, settings.timeout):
             logger.error("the model did not finish its last batch in %g s", settings.timeout)
 
-    app = FastAPI(
-        title="rat_ext",
-        version=__version__,
-        description="Predictions with their robust radius and a verdict.",
-        docs_url=None,  # it would load scripts from elsewhere; api_docs has its own
-        redoc_url=None,
-        servers=[{"url": "."}],  # beside the document, also where a proxy puts it below a prefix
-        lifespan=lifespan,
-    )
+    app = new_app(lifespan)
     app.state.batcher = batcher
     app.add_middleware(Measured, metrics=metrics)
-    api_docs.add_to(app)
     app.include_router(
         routes(
             Judge(submit, decoder, settings),
@@ -130,4 +122,19 @@ def create_app(
         text = prometheus.generate_latest(metrics.registry)
         return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
 
+    return app
+
+
+def new_app(lifespan: Callable[[FastAPI], Any] | None = None) -> FastAPI:
+    """An application without paths, but those of its documentation."""
+    app = FastAPI(
+        title="rat_ext",
+        version=__version__,
+        description="Predictions with their robust radius and a verdict.",
+        docs_url=None,  # it would load scripts from elsewhere
+        redoc_url=None,
+        servers=[{"url": "."}],  # beside the document, also where a proxy puts it below a prefix
+        lifespan=lifespan,
+    )
+    api_docs.add_to(app)
     return app

@@ -44,8 +44,7 @@ class Batcher(Generic[Item, Result]):
     """Calls ``run(items)`` in its thread, with the items that were submitted meanwhile.
 
     A batch starts when it is full, or when its first item has waited long enough; items that came
-    while the last one ran have waited already. Where `run` raises, its batch is halved until the
-    item that is to blame is alone, so that no item fails for another's sake.
+    while the last one ran have waited already. It is run by `run_apart`.
 
     Args:
         run: from a list of items to as many results. A result that is an exception is raised to
@@ -141,17 +140,7 @@ class Batcher(Generic[Item, Result]):
 
     def _settle(self, jobs: list[_Job[Item, Result]]) -> None:
         begin = time.monotonic()
-        try:
-            results = self._run([job.item for job in jobs])
-            if len(results) != len(jobs):
-                raise RuntimeError(f"{len(results)} results for {len(jobs)} items")
-        except Exception as error:
-            if len(jobs) > 1:
-                middle = len(jobs) // 2
-                self._settle(jobs[:middle])
-                self._settle(jobs[middle:])
-                return
-            results = [error]
+        results = run_apart(self._run, [job.item for job in jobs])
         ran = time.monotonic() - begin
         for job, result in zip(jobs, results, strict=True):
             job.future.waited, job.future.ran = begin - job.since, ran
@@ -160,3 +149,23 @@ class Batcher(Generic[Item, Result]):
                 job.future.set_exception(result)
             else:
                 job.future.set_result(result)
+
+
+def run_apart(
+    run: Callable[[list[Item]], Sequence[Result | Exception]], items: list[Item]
+) -> list[Result | Exception]:
+    """Run items together; where that raises, in halves, so that none fails for another's sake.
+
+    Returns:
+        A result for each item. One that `run` fails on even alone has the exception.
+    """
+    try:
+        results = run(items)
+        if len(results) != len(items):
+            raise RuntimeError(f"{len(results)} results for {len(items)} items")
+        return list(results)
+    except Exception as error:
+        if len(items) == 1:
+            return [error]
+        middle = len(items) // 2
+        return run_apart(run, items[:middle]) + run_apart(run, items[middle:])
