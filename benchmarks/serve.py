@@ -53,7 +53,8 @@ def train(path: Path, epochs: int) -> nn.Module:
 
 def png(x: Tensor) -> bytes:
     file = io.BytesIO()
-    Image.fromarray((x[0] * 255).round().byte().numpy()).save(file, "PNG")
+    pixels = (x * 255).round().byte().permute(1, 2, 0)
+    Image.fromarray(pixels.numpy().squeeze(2) if len(x) == 1 else pixels.numpy()).save(file, "PNG")
     return file.getvalue()
 
 
@@ -74,8 +75,14 @@ def server(checkpoint: Path, options: Sequence[str]) -> Iterator[tuple[int, int]
             process.wait()
 
 
-async def load(port: int, files: Sequence[bytes], clients: int, seconds: float) -> list[Reply]:
-    """Send the files in turn from each of the clients, which keep their connections."""
+async def load(
+    port: int,
+    files: Sequence[bytes],
+    clients: int,
+    seconds: float,
+    kind: str = "application/octet-stream",
+) -> list[Reply]:
+    """Send bodies of a kind in turn from each of the clients, which keep their connections."""
     replies: list[Reply] = []
     end = time.perf_counter() + seconds
 
@@ -85,7 +92,8 @@ async def load(port: int, files: Sequence[bytes], clients: int, seconds: float) 
         i = first
         while (start := time.perf_counter()) < end:
             body = files[i % len(files)]
-            head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
+            head += f"Content-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
             answer = await reader.readuntil(b"\r\n\r\n")
             length = int(re.search(rb"content-length: (\d+)", answer)[1])

@@ -316,3 +316,27 @@ def test_the_textbook_gradient_is_right_where_it_does_not_cancel(monkeypatch):
     model, x = helpers.mlp(), helpers.uniform(50, 12)
     expected = reference.robust_radius(model, x, rtol=agreement.RTOL)
     torch.testing.assert_close(agreement.textbook_radii(model, x, 1.0), expected)
+
+
+def test_the_comparison_with_litserve_counts_the_batches_of_both(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("litserve", reason="LitServe is not installed")
+    pytest.importorskip("fastapi")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import serve_litserve
+
+    threads = torch.get_num_threads()
+    arguments = ["--model", "digits-cnn", "--clients", "4", "--seconds", "0.5", "--rounds", "1"]
+    try:
+        serve_litserve.main([*arguments, "--out", str(tmp_path / "out.json")])
+    finally:
+        torch.set_num_threads(threads)
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [run["contender"] for run in report["runs"]] == list(serve_litserve.CONTENDERS)
+    for run in report["runs"]:
+        assert 1 <= run["mean_batch"] <= 4
+        assert run["p50_ms"] <= run["p99_ms"]
+    failed = report["good_inputs_that_failed"]
+    assert failed["rat-ext serve"] == 0
+    assert all(0 <= share <= 1 for share in failed.values())
+    printed = capsys.readouterr().out
+    assert all(f"| 4 | {name} | " in printed for name in serve_litserve.CONTENDERS)
