@@ -38,6 +38,7 @@ class API(litserve.LitAPI):
             device=torch.device(device),
             resize=False,
             max_pixels=2**24,
+            preprocessing=None,
             options={},
         )
         self.counts = np.memmap(self.folder / "counts", np.int64, "r+", shape=2)

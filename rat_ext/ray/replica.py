@@ -12,6 +12,7 @@ from ray import serve
 from torch import Tensor
 
 from .. import models
+from ..datasets import Preprocessing
 from ..search.options import SearchOptions
 from ..serve import Settings
 from ..serve.app import new_app
@@ -31,6 +32,7 @@ class Served:
     name: str
     classes: tuple[str, ...]
     shape: tuple[int, ...]
+    preprocessing: Preprocessing | None
     detector: Path | None
     radius: bool
     resize: bool
@@ -50,6 +52,7 @@ def application(what: Served, settings: Settings) -> FastAPI:
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         resize=what.resize,
         max_pixels=settings.max_pixels,
+        preprocessing=what.preprocessing,
         options=what.options,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 
 from .. import models
 from .._common.extras import install
+from ..datasets import Preprocessing
 from ..search.options import SearchOptions
 from ..serve import Settings
 
@@ -25,6 +27,7 @@ def deployment(
     model: str | None = None,
     classes: Sequence[str] | None = None,
     input_size: Sequence[int] | None = None,
+    preprocessing: Preprocessing | None = None,
     resize: bool = False,
     radius: bool = True,
     settings: Settings | None = None,
@@ -46,7 +49,8 @@ def deployment(
         detector: file of the detector that gives verdicts; likewise.
         model: name of the model, for `rat_ext.models.create`; default that of the checkpoint.
         classes: names of the classes; default those of the checkpoint.
-        input_size: shape of an input; default that of the images that a built-in model is for.
+        input_size: shape of an input; default as the checkpoint says, else the model.
+        preprocessing: what images of another size go through; default likewise.
         resize: resize images of another size, instead of refusing them.
         radius: measure radii; without them, a detector is needed.
         settings: limits. ``max_batch``, ``max_wait_ms``, ``queue``, ``timeout``, ``body_timeout``,
@@ -72,18 +76,22 @@ def deployment(
     classes = classes or models.classes_in(checkpoint)
     if not classes:
         raise ValueError("the checkpoint does not name its classes: give classes=")
-    shape = input_size or models.input_size(name)
-    if shape is None:
+    known = preprocessing or models.preprocessing_in(checkpoint) or models.preprocessing(name)
+    shape = tuple(input_size or (known.size if known else ()))
+    if not shape:
         raise ValueError(f"give the input_size of {name}, for example (3, 224, 224)")
+    if known and known.size != shape:
+        known = replace(known, size=shape) if len(shape) == 3 else None
     if detector is not None and not Path(detector).is_file():
         raise FileNotFoundError(f"there is no detector {detector}")
-    check_search(tuple(shape), torch.float64, options)
+    check_search(shape, torch.float64, options)
     settings = settings or Settings()
     what = replica.Served(
         checkpoint=Path(checkpoint),
         name=name,
         classes=tuple(classes),
-        shape=tuple(shape),
+        shape=shape,
+        preprocessing=known,
         detector=None if detector is None else Path(detector),
         radius=radius,
         resize=resize,

@@ -79,6 +79,7 @@ def alone(folder: Path) -> Iterator[Any]:
         device=torch.device("cpu"),
         resize=False,
         max_pixels=2**24,
+        preprocessing=models.preprocessing("digits-cnn"),
         options={},
     )
     app = create_app(gate, decoder, rat_ext.serve.Settings(max_body=20_000), classes=CLASSES)
