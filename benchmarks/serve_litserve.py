@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of all servers and clients")
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--max-wait-ms", type=float, default=2.0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "serve_litserve.json")
+    parser.add_argument("--out", type=Path, help="(default: serve_litserve-MODEL.json, in results)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     limits = ["--max-batch", str(options.max_batch), "--max-wait-ms", str(options.max_wait_ms)]
@@ -251,8 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "good_inputs_that_failed": failed,
         "runs": results,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    out = options.out or RESULTS / f"serve_litserve-{options.model}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(results))
     print(
         *(f"failed: {name} {share:.1%} of good inputs" for name, share in failed.items()), sep="\n"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from local_ray import local_ray
 
 
 @pytest.fixture(autouse=True)
@@ -39,5 +38,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def ray() -> Iterator[None]:
     """A Ray of this machine alone, with two workers; skips where it is not installed."""
+    from local_ray import local_ray  # which imports the package; tests of the core do without
+
     with local_ray():
         yield
