@@ -90,7 +90,7 @@ def test_sdist_holds_what_the_build_needs(tmp_path: Path) -> None:
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     top = {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "Makefile"}
-    folders = [ROOT / "csrc", ROOT / "rat_ext"]
+    folders = [ROOT / "csrc", ROOT / "examples", ROOT / "rat_ext"]
     kinds = {".h", ".cpp", ".cu", ".cuh", ".py", ".typed", ".html"}
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix in kinds]
     assert top | {path.relative_to(ROOT).as_posix() for path in files} <= names

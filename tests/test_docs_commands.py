@@ -47,15 +47,14 @@ LESS = {
     "evaluate": ["--splits", "1", "--limit", "600", "--tune", "none"],
     "radii": ["--limit", "12", "--workers", "0"],
 }
-"""Added to the commands."""
+"""Added to the commands, but to those on the digits, which are small as they are."""
 
 
 MENU = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
 SEQUENCES = {
     "README": [ROOT / "README.md"],
     "site": [
-        ROOT / "docs" / page
-        for page in re.findall(r"^ +- (?:Home: )?(\S+\.md)$", MENU, re.MULTILINE)
+        ROOT / "docs" / page for page in re.findall(r"^ +- [^:]+: (\S+\.md)$", MENU, re.MULTILINE)
     ],
 }
 PAGES = [*(ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md"))]
@@ -133,7 +132,8 @@ def run(words: list[str]) -> int:
     if arguments[0] == "serve":
         return serve(arguments)
     if arguments[0] != "info":
-        arguments = [*arguments, *LESS.get(arguments[0], ()), "--device", "cpu", "--threads", "1"]
+        less = [] if "digits" in arguments else LESS.get(arguments[0], [])
+        arguments = [*arguments, *less, "--device", "cpu", "--threads", "1"]
     return cli.main(arguments)
 
 
@@ -143,8 +143,7 @@ def serve(arguments: list[str]) -> int:
     answers, ended = [], threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    array = io.BytesIO()
-    np.save(array, np.full((3, 32, 32), 0.5, np.float32))
+    checkpoint = arguments[arguments.index("--checkpoint") + 1]
 
     def ask() -> None:
         while not ended.is_set():
@@ -153,6 +152,9 @@ def serve(arguments: list[str]) -> int:
             except httpx.HTTPError:
                 time.sleep(0.01)
                 continue
+            shape = models.input_size(models.name_in(checkpoint))
+            array = io.BytesIO()
+            np.save(array, np.full(shape, 0.5, np.float32))
             url = f"http://127.0.0.1:{port}/predict"
             answers.append(httpx.post(url, content=array.getvalue()))
             os.kill(os.getpid(), signal.SIGINT)
@@ -168,7 +170,7 @@ def serve(arguments: list[str]) -> int:
     if status == 0:
         (answer,) = answers
         assert answer.status_code == 200, answer.text
-        assert answer.json()["class_name"].startswith("class ")
+        assert answer.json()["class_name"] in models.classes_in(checkpoint)
         assert (answer.json()["accepted"] is None) == ("--detector" not in arguments)
     return status
 
@@ -252,6 +254,12 @@ def check_python(words: list[str]) -> None:
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
         for argument in node.args
         if isinstance(argument, ast.Constant)
+    }
+    declared |= {  # by tyro
+        f"--{argument.arg.replace('_', '-')}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "main"
+        for argument in node.args.args
     }
     options = {word for word in arguments if word.startswith("--")} - {"--help"}
     assert script == "setup.py" or options <= declared
