@@ -24,13 +24,13 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 @pytest.fixture(scope="module")
 def reader() -> dict[str, Any]:
     """What a reader would have: a trained model, some inputs and a loader."""
-    data = datasets.digits(train_size=300)
+    data = datasets.digits(train_size=300, test_size=200)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = models.create("digits-cnn")
     recipe = training.Recipe(loss="ce", epochs=6, batch_size=50, optimizer="adamw", lr=3e-3)
     training.train(model, data.train, recipe, progress=False)
-    x, t = data.test[:200]
+    x, t = data.test[:]
     return {
         "model": model,
         "x": x,
@@ -39,7 +39,7 @@ def reader() -> dict[str, Any]:
         "target": t,
         "prediction": model(x).argmax(1),
         "loader": DataLoader(TensorDataset(x, t), batch_size=50),
-        "validation_loader": DataLoader(TensorDataset(*data.validation[:100]), batch_size=50),
+        "validation_loader": DataLoader(TensorDataset(*data.validation[:]), batch_size=50),
     }
 
 
