@@ -104,7 +104,7 @@ class _ConfidenceMetric(_SampleMetric):
         if confidence.ndim == 2 and correct.shape == confidence.shape[:1]:
             if ((confidence.sum(1, dtype=torch.float32) - 1).abs() > 0.01).any():
                 raise ValueError(
-                    "each row of probabilities must sum to 1; of logits, give logits.softmax(1)"
+                    "each row of probabilities must sum to 1; for logits, pass logits.softmax(1)"
                 )
             confidence, prediction = confidence.max(1)
             correct = prediction == correct

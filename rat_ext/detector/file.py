@@ -72,8 +72,8 @@ def write(path: Path, saved: Saved) -> None:
         write_whole(path, lambda temporary: temporary.write_bytes(content))
     except OSError as error:
         raise type(error)(
-            f"the detector cannot be written to {path}: {error.strerror}; make room there, or save "
-            "it elsewhere"
+            f"the detector cannot be written to {path}: {error.strerror}; free some space "
+            "there, or save it elsewhere"
         ) from error
 
 

@@ -32,7 +32,7 @@ class Split:
         if isinstance(getattr(loader, "sampler", None), RandomSampler):
             raise ValueError(f"the loader shuffles. {_ADVICE}")
         if iter(loader) is loader:
-            raise ValueError(f"the loader is an iterator, good for one pass. {_ADVICE}")
+            raise ValueError(f"the loader is an iterator, which gives one pass only. {_ADVICE}")
         self.loader, self.tune_share, self.seed = loader, tune_share, seed
         self.checksums: list[int] | None = None
         self.tune, self.rest = _Part(self, tune=True), _Part(self, tune=False)

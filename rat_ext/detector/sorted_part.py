@@ -40,7 +40,7 @@ def warn_of_a_part(target: NDArray[np.int64], prediction: NDArray[np.int64]) -> 
     warnings.warn(
         f"{sign}: are they a part of data sorted by class? Then no bound holds for the rest. Hold "
         "out a random sample (torch.utils.data.random_split; --limit of the command line draws "
-        "one). If new data have no such targets either, all is well",
+        "one). If new data have no such targets either, nothing is wrong",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -72,7 +72,7 @@ def _classified(probabilities: Values, target: Values) -> tuple[Floats, NDArray[
         raise ValueError(f"probabilities is nan for {nans} of {len(p)} samples; drop them")
     if p.min() < 0 or np.abs(p.sum(1) - 1).max() > 0.01:
         raise ValueError(
-            "probabilities must be at least 0, and each row must sum to 1; of logits, give "
+            "probabilities must be at least 0, and each row must sum to 1; for logits, pass "
             "logits.softmax(1)"
         )
     if not np.isin(classes, np.arange(p.shape[1])).all():

@@ -47,7 +47,7 @@ def _cuda_problem(index: int | None) -> str | None:
     if problem is not None:
         warnings.warn(
             f"rat_ext has no kernels for this GPU ({problem}); searches keep their state on the "
-            "CPU, at the price of one copy of the logits a round. `rat-ext info` says more",
+            "CPU, which costs one copy of the logits a round. `rat-ext info` says more",
             RuntimeWarning,
             stacklevel=2,
         )

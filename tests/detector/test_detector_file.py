@@ -194,7 +194,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_text("older")
     monkeypatch.setattr("uuid.uuid4", lambda: SimpleNamespace(hex="full"))
     (tmp_path / ".file.tmp-full").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"written to .*file: No space left.*; make room there"):
+    with pytest.raises(OSError, match=r"written to .*file: No space left.*; free some space"):
         fit("msr").save(path)
     assert path.read_text() == "older"
     with pytest.raises(FileNotFoundError, match=r"cannot be written to .*absent/file: No such"):
