@@ -1,9 +1,10 @@
 """A Hugging Face image classifier: radii, and the accuracy that is left under an attack.
 
-    python examples/hugging_face.py --images flowers/test --model google/vit-base-patch16-224
+    python examples/hugging_face.py --images photos/test --model my-classifier
 
-The folder has one folder of images for each class, named like a label of the model. Needs
-transformers and torchvision.
+--model is a folder that save_pretrained() has written, or a name on the Hugging Face hub. The
+images are in one folder for each class, named like a label of the model. Needs transformers and
+torchvision.
 """
 
 from pathlib import Path
