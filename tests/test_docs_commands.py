@@ -140,10 +140,9 @@ def run(words: list[str]) -> int:
 def serve(arguments: list[str]) -> int:
     """Start the service, ask it once, and stop it as Ctrl-C does."""
     httpx = pytest.importorskip("httpx")
-    answers, ended = [], threading.Event()
+    answers, info, ended = [], {}, threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    checkpoint = arguments[arguments.index("--checkpoint") + 1]
 
     def ask() -> None:
         while not ended.is_set():
@@ -152,9 +151,9 @@ def serve(arguments: list[str]) -> int:
             except httpx.HTTPError:
                 time.sleep(0.01)
                 continue
-            shape = models.input_size(models.name_in(checkpoint))
+            info.update(httpx.get(f"http://127.0.0.1:{port}/info").json())
             array = io.BytesIO()
-            np.save(array, np.full(shape, 0.5, np.float32))
+            np.save(array, np.full(info["input_size"], 0.5, np.float32))
             url = f"http://127.0.0.1:{port}/predict"
             answers.append(httpx.post(url, content=array.getvalue()))
             os.kill(os.getpid(), signal.SIGINT)
@@ -170,7 +169,7 @@ def serve(arguments: list[str]) -> int:
     if status == 0:
         (answer,) = answers
         assert answer.status_code == 200, answer.text
-        assert answer.json()["class_name"] in models.classes_in(checkpoint)
+        assert answer.json()["class_name"] in info["classes"]
         assert (answer.json()["accepted"] is None) == ("--detector" not in arguments)
     return status
 
