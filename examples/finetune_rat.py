@@ -40,7 +40,8 @@ def main(
     """
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    train, test = datasets.load(data, "train"), datasets.load(data, "test")
+    size = models.preprocessing(model, pretrained=pretrained)
+    train, test = (datasets.load(data, part, preprocessing=size) for part in ("train", "test"))
     start = models.create(model, len(train.classes), pretrained=pretrained, new_head=True)
 
     # The test images in two parts, each with its share of every class: the first fits the gate.

@@ -9,11 +9,9 @@ with --checkpoint. Needs timm and torchvision.
 
 from pathlib import Path
 
-import timm
 import torch
 import tyro
 from torch.utils.data import DataLoader, random_split
-from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import rat_ext
@@ -23,8 +21,7 @@ from rat_ext import models
 def main(
     images: Path,
     model: str = "mobilenetv3_small_100",
-    pretrained: bool = True,
-    checkpoint: str = "",
+    checkpoint: Path | None = None,
     target_risk: float = 0.1,
     limit: int = 2000,
     batch_size: int = 50,
@@ -34,32 +31,21 @@ def main(
     Args:
         images: folder with a folder of images for each class.
         model: name in timm.list_models().
-        pretrained: load timm's weights, from the network the first time.
-        checkpoint: file with your own weights instead.
+        checkpoint: file with your own weights, instead of those of timm.
         target_risk: highest error rate among the accepted predictions.
         limit: how many images to use, chosen at random; half of them fit the gate.
         batch_size: images in a batch.
     """
     torch.manual_seed(0)
-    data = ImageFolder(str(images))
-    network = timm.create_model(
-        model,
-        pretrained=pretrained and not checkpoint,
-        checkpoint_path=checkpoint,
-        num_classes=len(data.classes),
-    )
-
-    # timm's own resizing and cropping, but pixels from 0 to 1: the normalisation moves into the
-    # model, so that radii are in the units of pixels.
-    config = timm.data.resolve_model_data_config(network)
-    data.transform = transforms.Compose(
-        [
-            timm.data.create_transform(**config, normalize=False),
-            transforms.ConvertImageDtype(torch.float32),
-        ]
-    )
+    # Resized and cropped as timm says for this model, to pixels from 0 to 1. The normalisation is
+    # inside the classifier, so that radii are in the units of pixels.
+    name = f"timm:{model}"
+    data = ImageFolder(str(images), models.preprocessing(name))
+    classifier = models.create(name, len(data.classes), pretrained=not checkpoint)
+    if checkpoint:
+        models.load_weights(classifier, checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    classifier = models.Normalized(network, config["mean"], config["std"]).to(device).eval()
+    classifier.to(device)
 
     # Shuffled before it is halved: the folder is sorted by class.
     half = min(limit, len(data)) // 2
