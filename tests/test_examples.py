@@ -51,12 +51,12 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def tells_colours(head: nn.Linear, green: torch.Tensor, red: torch.Tensor) -> None:
+def decide_by_the_nearer(head: nn.Linear, first: torch.Tensor, second: torch.Tensor) -> None:
     """Set a last layer to decide by which of two feature vectors is nearer."""
     with torch.no_grad():
-        difference = 20 * (green - red) / (green - red).norm()
+        difference = 20 * (first - second) / (first - second).norm()
         head.weight.copy_(torch.stack([difference, -difference]))
-        head.bias.copy_(-head.weight @ (green + red) / 2)
+        head.bias.copy_(-head.weight @ (first + second) / 2)
 
 
 def plain(colour: str, size: int) -> torch.Tensor:
@@ -73,7 +73,7 @@ def test_timm_folder(run, photos: Path, tmp_path: Path) -> None:
             network.forward_head(network.forward_features(2 * plain(c, 160) - 1), pre_logits=True)
             for c in COLOURS
         ]
-    tells_colours(network.fc, *(each[0] for each in features))
+    decide_by_the_nearer(network.fc, *(each[0] for each in features))
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     printed = run(
         "timm_folder",
@@ -108,7 +108,7 @@ def test_hugging_face(run, photos: Path, tmp_path: Path) -> None:
     network = transformers.ViTForImageClassification(config).eval()
     with torch.no_grad():
         features = [network.vit(2 * plain(c, 16) - 1).last_hidden_state[0, 0] for c in COLOURS]
-    tells_colours(network.classifier, *features)
+    decide_by_the_nearer(network.classifier, *features)
     folder = tmp_path / "network"
     network.save_pretrained(folder)
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
@@ -123,6 +123,49 @@ def test_hugging_face(run, photos: Path, tmp_path: Path) -> None:
     (photos / "red").rename(photos / "blue")
     with pytest.raises(SystemExit, match=r"no label of .*: blue"):
         run("hugging_face", "--images", photos, "--model", folder)
+
+
+def test_text(run, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film", "good", "bad", "and"]
+    (tmp_path / "vocabulary.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizerFast(str(tmp_path / "vocabulary.txt"))
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        id2label={0: "positive", 1: "negative"},
+        label2id={"positive": 0, "negative": 1},
+    )
+    network = transformers.BertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        features = [
+            network.bert(**tokenizer(text, return_tensors="pt")).pooler_output[0]
+            for text in ("a good film", "a bad film")
+        ]
+    decide_by_the_nearer(network.classifier, *features)
+    folder = tmp_path / "network"
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    texts = ["a good film", "a bad film", "a film and a film and a good film"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+
+    def table(*options: object) -> list[list[str]]:
+        printed = run("text", "--texts", tmp_path / "texts.txt", "--model", folder, *options)
+        return [line.split("  ") for line in printed.splitlines()[1:]]
+
+    rows = table()
+    assert [row[-1] for row in rows] == texts
+    assert [row[1] for row in rows[:2]] == ["positive", "negative"]
+    assert [row[2] for row in rows[:2]] == ["negative", "positive"]
+    assert all(float(row[0]) > 0 and row[3] in row[4].split() for row in rows)
+    # The longest text decides how much padding the others get, which is not to matter.
+    for row, single in zip(rows, table("--batch-size", 1), strict=True):
+        assert float(row[0]) == pytest.approx(float(single[0]), rel=0.02)
+        assert row[1:] == single[1:]
 
 
 def test_tabular(run) -> None:
