@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,13 @@ def decide_by_the_nearer(head: nn.Linear, first: torch.Tensor, second: torch.Ten
         head.bias.copy_(-head.weight @ (first + second) / 2)
 
 
+def usable_transformers() -> Any:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if not transformers.is_torch_available():
+        pytest.skip(f"transformers {transformers.__version__} needs a newer torch")
+    return transformers
+
+
 def plain(colour: str, size: int) -> torch.Tensor:
     return torch.tensor(COLOURS[colour]).div(255).view(1, 3, 1, 1).expand(1, 3, size, size)
 
@@ -90,9 +98,7 @@ def test_timm_folder(run, photos: Path, tmp_path: Path) -> None:
 
 
 def test_hugging_face(run, photos: Path, tmp_path: Path) -> None:
-    transformers = pytest.importorskip(
-        "transformers", reason="transformers is not installed; nothing else needs it"
-    )
+    transformers = usable_transformers()
     pytest.importorskip("torchvision")
     torch.manual_seed(0)
     config = transformers.ViTConfig(
@@ -126,7 +132,7 @@ def test_hugging_face(run, photos: Path, tmp_path: Path) -> None:
 
 
 def test_text(run, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = usable_transformers()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film", "good", "bad", "and"]
     (tmp_path / "vocabulary.txt").write_text("\n".join(words))
     tokenizer = transformers.BertTokenizerFast(str(tmp_path / "vocabulary.txt"))
