@@ -9,12 +9,14 @@ are fractions, not percent; nan in the input is an error; the order of the sampl
 Every metric also takes ``n_boot=0``, ``level=0.95`` and ``seed=0``, by keyword. With ``n_boot > 0``
 it returns an `Estimate`: its value, and the percentile bootstrap interval of confidence ``level``
 over that many resamples of the N samples. The same ``seed`` gives every metric the same resamples.
+`differences` compares confidences on the same samples.
 
 `rat_ext.torchmetrics` has the same metrics as classes that accumulate over batches and processes.
 """
 
 from .bootstrap import Estimate
-from .calibration import brier_score, ece, nll
+from .calibration import Reliability, brier_score, ece, nll, reliability
+from .paired import differences
 from .ranking import (
     RiskCoverage,
     accuracy_at_coverage,
@@ -33,6 +35,7 @@ from .ranking import (
 
 __all__ = [
     "Estimate",
+    "Reliability",
     "RiskCoverage",
     "accuracy_at_coverage",
     "augrc",
@@ -42,10 +45,12 @@ __all__ = [
     "auroc",
     "brier_score",
     "coverage_at_risk",
+    "differences",
     "e_aurc",
     "ece",
     "fpr_at_tpr",
     "nll",
+    "reliability",
     "risk_at_coverage",
     "risk_coverage_curve",
     "summary",

@@ -80,8 +80,7 @@ def estimates(
     """
     if n_boot < 0:
         raise ValueError(f"n_boot is {n_boot}; it must be 0 (no interval) or more")
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must be between 0 and 1")
+    check_level(level)
     values: list[float] = np.atleast_1d(statistic.of(slice(None))).tolist()
     for name, value in zip(names, values, strict=True):
         if math.isnan(value):
@@ -92,12 +91,22 @@ def estimates(
             )
     if not n_boot:
         return [*values]
-    rng, size = np.random.default_rng(seed), statistic.size
-    draws = np.array([statistic.of(rng.integers(size, size=size)) for _ in range(n_boot)])
-    columns = draws.reshape(n_boot, -1).T
+    columns = bootstrap(statistic, n_boot, seed).T
     return [
         Estimate(v, *_interval(column, level)) for v, column in zip(values, columns, strict=True)
     ]
+
+
+def bootstrap(statistic: Statistic, n_boot: int, seed: int) -> Floats:
+    """(n_boot, K): the statistic's K values on each of that many resamples of its samples."""
+    rng, size = np.random.default_rng(seed), statistic.size
+    draws = np.array([statistic.of(rng.integers(size, size=size)) for _ in range(n_boot)])
+    return draws.reshape(n_boot, -1)
+
+
+def check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must be between 0 and 1")
 
 
 def _interval(draws: Floats, level: float) -> tuple[float, float]:

@@ -2,10 +2,56 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from .bootstrap import Floats, Statistic, Values, as_array, check_lengths, metric
+
+
+class Reliability(NamedTuple):
+    """A reliability diagram: arrays of shape (M,), a value for each bin that is not empty."""
+
+    samples: NDArray[np.intp]
+    """How many are in the bin."""
+    confidence: NDArray[np.float64]
+    """Their mean confidence."""
+    accuracy: NDArray[np.float64]
+    """The share of them that are right."""
+
+    @property
+    def ece(self) -> float:
+        """The expected calibration error, as `rat_ext.metrics.ece` of the probabilities."""
+        gap = abs(self.accuracy - self.confidence)
+        return float((self.samples * gap).sum() / self.samples.sum())
+
+
+def reliability(confidence: Values, correct: Values, *, n_bins: int = 15) -> Reliability:
+    """How often predictions of some probability are right (DeGroot and Fienberg 1983).
+
+    Args:
+        confidence: (N,) the probability that a prediction is right, such as that of its class.
+        correct: (N,) bool or 0/1.
+        n_bins: as in `ece`.
+
+    Raises:
+        ValueError: an input is empty or not 1-D, their lengths differ, confidence is not between 0
+            and 1, or n_bins is below 1.
+    """
+    values, right = as_array(confidence).astype(float), as_array(correct)
+    if values.ndim != 1 or right.ndim != 1:
+        raise ValueError(
+            f"confidence has shape {values.shape} and correct {right.shape}; expected (N,) each"
+        )
+    check_lengths("confidence", values, "correct", right)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("confidence must be a probability, between 0 and 1")
+    bins = _bins(values, n_bins)
+    count = np.bincount(bins)
+    sums = [np.bincount(bins, weights)[count > 0] for weights in (values, right)]
+    count = count[count > 0]
+    return Reliability(count, sums[0] / count, sums[1] / count)
 
 
 @metric
@@ -27,12 +73,10 @@ def ece(probabilities: Values, target: Values, *, n_bins: int = 15) -> Statistic
             or rows whose sum is off by more than 0.01, target has other values than 0 to C - 1, or
             n_bins is below 1.
     """
-    if n_bins < 1:
-        raise ValueError(f"n_bins is {n_bins}; it must be at least 1")
     p, classes = _classified(probabilities, target)
     confidence = p.max(1)
     gap = (p.argmax(1) == classes) - confidence
-    bins = np.searchsorted(np.arange(1, n_bins) / n_bins, confidence)
+    bins = _bins(confidence, n_bins)
     size = len(p)
     return Statistic(size, lambda i: np.abs(np.bincount(bins[i], gap[i])).sum() / size)
 
@@ -58,6 +102,13 @@ def nll(probabilities: Values, target: Values) -> Statistic:
     p, classes = _classified(probabilities, target)
     with np.errstate(divide="ignore"):
         return _mean(0 - np.log(p[np.arange(len(p)), classes]))
+
+
+def _bins(confidence: Floats, n_bins: int) -> NDArray[np.intp]:
+    """(N,) the bin of each confidence; one on an edge is in the bin below it."""
+    if n_bins < 1:
+        raise ValueError(f"n_bins is {n_bins}; it must be at least 1")
+    return np.searchsorted(np.arange(1, n_bins) / n_bins, confidence)
 
 
 def _classified(probabilities: Values, target: Values) -> tuple[Floats, NDArray[np.intp]]:
