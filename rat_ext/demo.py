@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -13,6 +13,8 @@ import torch
 
 from . import datasets, evaluation, metrics, models, reports, training
 from ._core import __version__
+from .metrics.levels import area_under_risk, by_level
+from .metrics.paired import over_parts, simultaneous, stacked
 
 TRAININGS = {"ce": "plain", "rat": "RAT"}
 SCORES = {"msr": "MSR", "rr-fast": "RR-Fast", "rr-bs": "RR-BS"}
@@ -30,7 +32,6 @@ MEANINGS = {
     "search, and by one linear extrapolation.",
     "RAT": "Training that moves the boundary away from right predictions only.",
 }
-SHOWN_IMAGES = 24
 
 
 @dataclass(frozen=True)
@@ -157,11 +158,55 @@ def verdict(networks: Sequence[Network]) -> str:
     )
 
 
-def write(experiment: Experiment, networks: Sequence[Network], seconds: float, out: Path) -> None:
+def comparison(networks: Sequence[Network]) -> str:
+    """How far RAT with RR-BS is from plain training with MSR, paired over the images."""
+    arms = [of(networks, "ce"), of(networks, "rat")]
+    # The seeds test on parts of the same images: they are resampled as one set.
+    pixels = torch.cat([network.images.pixels.flatten(1) for network in arms[0]])
+    distinct, number = pixels.unique(dim=0, return_inverse=True)
+    parts = []
+    for index, *pair in zip(number.tensor_split(len(arms[0])), *arms, strict=True):
+        statistics = [
+            by_level(
+                area_under_risk, each.evaluation.of(score).confidences[0], each.evaluation.correct
+            )
+            for each, score in zip(pair, ("msr", "rr-bs"), strict=True)
+        ]
+        parts.append((index.numpy(), stacked(statistics)))
+    both = over_parts(len(distinct), parts)
+    (difference,) = simultaneous(both, np.array([[-1.0, 1.0]]), 500, 0.95, seed=0)
+    msr, rr_bs = both.of(slice(None))
+    told = {
+        "better": "RAT with RR-BS has a lower AURC than plain training with MSR",
+        "worse": "RAT with RR-BS has a higher AURC than plain training with MSR",
+        "": "No difference can be told between RAT with RR-BS and plain training with MSR",
+    }[evaluation.verdict.outcome(difference)]
+    return f"{told} ({evaluation.verdict.evidence(rr_bs, msr, difference)})."
+
+
+def write(
+    experiment: Experiment,
+    networks: Sequence[Network],
+    seconds: float,
+    out: Path,
+    command: str | None = None,
+) -> None:
     """Write index.html, results.json and overview.png into the folder."""
+    record = {
+        **({"command": command} if command else {}),
+        "date": reports.now(),
+        "images": f"scikit-learn's handwritten digits, {len(networks[0].images):,} to test on",
+        "classes": f"{len(networks[0].images.classes)}",
+        "model": "digits-cnn",
+        "settings": ", ".join(f"{name}={value}" for name, value in asdict(experiment).items()),
+        "run time": f"{seconds:.0f} s",
+        "versions": f"rat_ext {__version__}, torch {torch.__version__}",
+    }
     results = {
         "rat_ext": __version__,
         "torch": torch.__version__,
+        "made": record,
+        "verdict": [comparison(networks), verdict(networks)],
         "settings": asdict(experiment),
         "recipe": asdict(experiment.recipe("rat", experiment.seeds[0])),
         "test_images": len(networks[0].images),
@@ -178,7 +223,7 @@ def write(experiment: Experiment, networks: Sequence[Network], seconds: float, o
             for score in SCORES
         ],
     }
-    reports.write_report(out, results, _page(experiment, networks, seconds))
+    reports.write_report(out, results, _page(experiment, networks, record))
     curves = _curves(networks)
     panels = reports.radius_histograms(_radii(networks))[1:]
     panels.append(lambda axes: reports.risk_coverage(axes, curves))
@@ -186,7 +231,7 @@ def write(experiment: Experiment, networks: Sequence[Network], seconds: float, o
     figure.savefig(out / "overview.png", dpi=110, facecolor="white")
 
 
-def _radii(networks: Sequence[Network]) -> dict[str, reports.Radii]:
+def _radii(networks: Sequence[Network]) -> dict[str, reports.Judged]:
     """The radii of all test images, for each training."""
     radii = {}
     for loss, title in TRAININGS.items():
@@ -208,28 +253,43 @@ def _curves(networks: Sequence[Network]) -> dict[str, list[metrics.RiskCoverage]
     }
 
 
-def _page(experiment: Experiment, networks: Sequence[Network], seconds: float) -> str:
+def _reliabilities(networks: Sequence[Network]) -> dict[str, metrics.Reliability]:
+    """Those of the softmax on all test images, for each training."""
+    found = {}
+    for loss, title in TRAININGS.items():
+        own = [network.evaluation for network in of(networks, loss)]
+        confidence = torch.cat([each.of("msr").confidences[0] for each in own])
+        correct = torch.cat([each.correct for each in own])
+        found[f"MSR, {title} training"] = metrics.reliability(confidence, correct)
+    return found
+
+
+def _page(experiment: Experiment, networks: Sequence[Network], record: Mapping[str, str]) -> str:
     shown = of(networks, "rat")[0]
     return reports.page(
         "Catching wrong predictions by their robust radius",
         [
-            '<p class="lead">A prediction close to the decision boundary is a doubtful one. Here a '
+            reports.lead(comparison(networks)),
+            f"<p>{verdict(networks)}</p>",
+            "<p>A prediction close to the decision boundary is a doubtful one. Here a "
             "small network reads handwritten digits; the distance of each image from the boundary, "
             "its <em>robust radius</em>, tells which predictions to trust.</p>",
-            f"<p>{verdict(networks)}</p>",
             "<h2>Scores</h2>",
             table(networks).html(),
             "<h2>How to read it</h2>",
             reports.definitions(MEANINGS),
             reports.risk_section(_curves(networks), "seeds"),
-            reports.radius_section(_radii(networks), "all seeds together"),
-            "<h2>The most doubtful images</h2>",
-            f"<p>The {SHOWN_IMAGES} test images of smallest radius (RR-BS, RAT training, seed "
-            f"{shown.seed}). Wrong predictions have a frame.</p>",
-            reports.gallery(_most_doubtful(shown)),
-            "<h2>How it was made</h2>",
-            f'<p class="soft">rat_ext {__version__}, torch {torch.__version__}, '
-            f"{seconds:.0f} s. scikit-learn's digits, 8x8 pixels: for each seed another random "
+            reports.histogram_section(_radii(networks), "all seeds together"),
+            reports.reliability_section(_reliabilities(networks), "all seeds together"),
+            *evaluation.examples.sections(
+                shown.evaluation,
+                "rr-bs",
+                f"the test images of seed {shown.seed}, after RAT training",
+                shown.images,
+            ),
+            "<h2>How this report was made</h2>",
+            reports.definitions(record),
+            '<p class="soft">scikit-learn\'s digits, 8x8 pixels: for each seed another random '
             f"split with {experiment.train_size} images to train on, and another initial network, "
             f"the same for both trainings. {experiment.epochs} epochs of AdamW; RAT with eps "
             f"{experiment.eps:g} and lambda {experiment.lam:g}, chosen by RAT's validation "
@@ -240,29 +300,22 @@ def _page(experiment: Experiment, networks: Sequence[Network], seconds: float) -
     )
 
 
-def _most_doubtful(network: Network) -> list[reports.Picture]:
-    found, classes, pictures = network.evaluation, network.images.classes, []
-    radius = found.of("rr-bs").confidences[0].numpy()
-    for i in np.argsort(radius, kind="stable")[:SHOWN_IMAGES]:
-        x, target = network.images[int(i)]
-        pictures.append(
-            reports.Picture(
-                pixels=x.numpy(),
-                heading=f"predicted {classes[found.prediction[i]]}",
-                lines=[f"true {classes[int(target)]}", f"radius {radius[i]:.4f}"],
-                wrong=not found.correct[i],
-            )
-        )
-    return pictures
+def main(
+    experiment: Experiment, out: Path, *, progress: bool = True, command: str | None = None
+) -> None:
+    """Run the demo, print its table, and write its report into the folder.
 
-
-def main(experiment: Experiment, out: Path, *, progress: bool = True) -> None:
-    """Run the demo, print its table, and write its report into the folder."""
+    Args:
+        experiment: what to train.
+        out: the folder.
+        progress: show a tqdm bar on standard error.
+        command: the command that was run, which the report shows.
+    """
     start = time.perf_counter()
     networks = run(experiment, progress=progress)
     seconds = time.perf_counter() - start
     shown = table(networks)
     print(f"\n{shown.text()}\n\n{shown.caption} A star marks the best of a column.")
-    print(verdict(networks))
-    write(experiment, networks, seconds, out)
+    print(f"{comparison(networks)} {verdict(networks)}")
+    write(experiment, networks, seconds, out, command)
     print(f"\nReport: {out / 'index.html'}")

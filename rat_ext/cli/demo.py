@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import demo
+from .inputs import command_line
 
 
 @dataclass(frozen=True)
@@ -37,4 +38,4 @@ class Demo:
             eps=self.eps,
             lam=self.lam,
         )
-        demo.main(experiment, self.out)
+        demo.main(experiment, self.out, command=command_line.get())

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from tyro.conf import arg
 
 from .. import datasets, evaluation
-from .inputs import Classifier, Data, Device, Flag, OptionalName, checked
+from .inputs import Classifier, Data, Device, Flag, OptionalName, checked, command_line
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,14 @@ class Evaluate:
                 workers=self.images.workers,
             )
         if result is not None:
-            evaluation.write(result, title, self.out)
+            about = {"data set": self.images.data, "model": self.classifier.name}
+            verdict = evaluation.write(
+                result, title, self.out, data=data, command=command_line.get(), about=about
+            )
             shown = evaluation.table(result)
             accuracy = 100 * result.correct.double().mean()
             print(f"Accuracy {accuracy:.2f} % of {len(result.target):,} images.")
             print(f"\n{shown.text()}\n\n{shown.caption} A star marks the best of a column.")
+            print("\n".join(verdict))
             print(f"\n{evaluation.costs(result).text()}")
             print(f"\nReport: {self.out / 'index.html'}")

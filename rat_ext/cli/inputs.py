@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -25,6 +26,9 @@ OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")
 OptionalFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 OptionalName = Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")]
+
+command_line: ContextVar[str | None] = ContextVar("command_line", default=None)
+"""What was typed, for the reports that tell how they were made."""
 
 _Settings = TypeVar("_Settings")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from .demo import Demo
 from .detector import DetectorCommand
 from .evaluate import Evaluate
 from .info import Info
-from .inputs import Command
+from .inputs import Command, command_line
 from .radii import Radii
 from .serve import Serve
 from .train import Train
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rat-ext {__version__}")
         return 0
     command = parse(arguments)
+    command_line.set(shlex.join(["rat-ext", *arguments]))
     name = next(name for name, kind in COMMANDS.items() if isinstance(command, kind))
     try:
         if isinstance(command, Train) and command.preset is not None:

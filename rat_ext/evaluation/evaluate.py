@@ -45,11 +45,18 @@ class Evaluation:
     """A classifier's predictions on N images, and what the scores make of them."""
 
     settings: Settings
-    prediction: Tensor
+    logits: Tensor
+    """(N, C)"""
     target: Tensor
+    """(N,)"""
     tests: list[Tensor]
     """For each split the indices of the images that it is tested on."""
     results: list[Result]
+
+    @property
+    def prediction(self) -> Tensor:
+        """(N,) class indices."""
+        return self.logits.argmax(1)
 
     @property
     def correct(self) -> Tensor:
@@ -63,7 +70,7 @@ class Evaluation:
     def curves(self, name: str) -> list[metrics.RiskCoverage]:
         """The risk-coverage curve of a score in each split."""
         return [
-            metrics.risk_coverage_curve(_trust(confidence[test]), self.correct[test])
+            metrics.risk_coverage_curve(trust(confidence[test]), self.correct[test])
             for confidence, test in zip(self.of(name).confidences, self.tests, strict=True)
         ]
 
@@ -138,8 +145,7 @@ def _evaluated(
     splits = [order.tensor_split([validation]) for order in orders]
     work = Work(model, data, images, settings, cache, workers, progress, rank, world)
     logits, target = work.over_data("logits", _logits)
-    prediction = logits.argmax(1)
-    correct = prediction == target
+    correct = logits.argmax(1) == target
     results = []
     for name in settings.scores or scores.names():
         fitted, confidences = work.scored(name, splits, logits, target)
@@ -153,10 +159,10 @@ def _evaluated(
         results.append(Result(name, rows, chosen, confidences, *work.cost(fitted[0])))
     if rank:
         return None
-    return Evaluation(settings, prediction, target, [test for _, test in splits], results)
+    return Evaluation(settings, logits, target, [test for _, test in splits], results)
 
 
-def _trust(confidence: Tensor) -> Tensor:
+def trust(confidence: Tensor) -> Tensor:
     """An image whose confidence is not a number is trusted least."""
     return confidence.nan_to_num(-math.inf, math.inf, -math.inf)
 
@@ -164,7 +170,7 @@ def _trust(confidence: Tensor) -> Tensor:
 def _summary(confidence: Tensor, correct: Tensor) -> dict[str, float]:
     with warnings.catch_warnings():  # shown as undefined in the table
         warnings.filterwarnings("ignore", ".* is undefined and set to nan")
-        return cast("dict[str, float]", metrics.summary(_trust(confidence), correct))
+        return cast("dict[str, float]", metrics.summary(trust(confidence), correct))
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:

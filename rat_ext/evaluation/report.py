@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from .. import reports
+from .. import reports, scores
 from .._core import __version__
+from ..datasets import Labelled
+from . import examples
+from .calibration import reliabilities
 from .evaluate import Evaluation
+from .verdict import BASELINE, Comparison, compare, differences, verdict
 
 COLUMNS = {
     "aurc": reports.Column("AURC x1000", 1000, False),
@@ -71,15 +75,53 @@ def costs(evaluation: Evaluation) -> reports.Table:
     )
 
 
-def write(evaluation: Evaluation, title: str, out: Path) -> None:
-    """Write results.csv (a row for each score and split), results.json and index.html."""
+def write(
+    evaluation: Evaluation,
+    title: str,
+    out: Path,
+    *,
+    data: Labelled | None = None,
+    command: str | None = None,
+    about: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Write results.csv (a row for each score and split), results.json and index.html.
+
+    Args:
+        evaluation: what to report.
+        title: of the page.
+        out: the folder.
+        data: the images that were evaluated, for the examples on the page; None: only their numbers
+            are listed.
+        command: the command that was run, for the page's last section.
+        about: what else that section is to say, such as the names of the model and the data set.
+
+    Returns:
+        The sentences of the verdict.
+    """
+    comparison = compare(evaluation)
+    sentences = verdict(comparison)
+    settings = asdict(evaluation.settings)
+    record = {
+        **({"command": command} if command else {}),
+        "date": reports.now(),
+        **(about or {}),
+        "images": f"{len(evaluation.target):,}",
+        "classes": f"{evaluation.logits.shape[1]:,}",
+        "settings": ", ".join(f"{name}={_plain(value)}" for name, value in settings.items()),
+        "versions": f"rat_ext {__version__}, torch {torch.__version__}",
+    }
     results = {
         "rat_ext": __version__,
         "torch": torch.__version__,
         "title": title,
-        "settings": asdict(evaluation.settings),
+        "made": record,
+        "settings": settings,
         "images": len(evaluation.target),
         "accuracy": float(evaluation.correct.double().mean()),
+        "verdict": sentences,
+        "aurc_less_that_of_msr": {
+            name: found._asdict() for name, found in comparison.difference.items()
+        },
         "scores": {
             result.name: {
                 "milliseconds": result.milliseconds,
@@ -93,7 +135,7 @@ def write(evaluation: Evaluation, title: str, out: Path) -> None:
             for result in evaluation.results
         },
     }
-    reports.write_report(out, results, _page(evaluation, title))
+    reports.write_report(out, results, _page(evaluation, title, comparison, record, data))
     rows = [
         {"score": result.name, "split": split, "chosen": result.chosen[split], **values}
         for result in evaluation.results
@@ -103,33 +145,64 @@ def write(evaluation: Evaluation, title: str, out: Path) -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
+    return sentences
 
 
-def _page(evaluation: Evaluation, title: str) -> str:
+def _plain(value: object) -> str:
+    return " ".join(value) or "all" if isinstance(value, tuple) else f"{value}"
+
+
+def _page(
+    evaluation: Evaluation,
+    title: str,
+    comparison: Comparison,
+    record: Mapping[str, str],
+    data: Labelled | None,
+) -> str:
     correct = evaluation.correct
     curves = {result.name: evaluation.curves(result.name) for result in evaluation.results}
-    by_aurc = sorted(curves, key=lambda name: float(np.mean([c.risk.mean() for c in curves[name]])))
+    by_aurc = sorted(curves, key=lambda name: comparison.aurc[name])
+    best = by_aurc[0]
     shown = {name: curves[name] for name in curves if name in by_aurc[:6] or name.startswith("rr-")}
+    test = evaluation.tests[0]
+    judged: dict[str, reports.Judged] = {
+        result.name: (result.confidences[0][test].double().numpy(), correct[test].numpy())
+        for result in evaluation.results
+    }
+    radii = {
+        ", ".join(filter(None, [name, evaluation.of(name).chosen[0]])): own
+        for name, own in judged.items()
+        if name.startswith("rr-")
+    }
+    first = "the images that the first split tests on"
     body = [
-        f'<p class="lead">{len(correct):,} images, {int((~correct).sum()):,} of them predicted '
+        *map(reports.lead, verdict(comparison)),
+        f"<p>{len(correct):,} images, {int((~correct).sum()):,} of them predicted "
         f"wrong: accuracy {100 * float(correct.double().mean()):.2f} %.</p>",
         "<h2>Scores</h2>",
         table(evaluation).html(),
-        '<p class="soft">What a score leaves open is chosen by AURC on the '
-        f"{100 * evaluation.settings.validation_share:g} % of the images that a split does not "
-        "test on.</p>",
+        reports.note(
+            "What a score leaves open is chosen by AURC on the "
+            f"{100 * evaluation.settings.validation_share:g} % of the images that a split does not "
+            "test on."
+        ),
         reports.definitions(MEANINGS),
+    ]
+    if comparison.difference:
+        body += [f"<h2>Beside {BASELINE}</h2>", differences(comparison).html()]
+    body += [
         "<h2>Costs</h2>",
         costs(evaluation).html(),
         reports.risk_section(shown, "splits, for the scores of lowest AURC and the radii"),
     ]
-    test = evaluation.tests[0]
-    radii: dict[str, reports.Radii] = {}
-    for result in evaluation.results:
-        if result.name.startswith("rr-"):
-            radius = result.confidences[0][test].double()
-            radii[f"{result.name}, {result.chosen[0]}"] = radius.numpy(), correct[test].numpy()
-    if radii:
-        body.append(reports.radius_section(radii, "the first split"))
-    body.append(f'<p class="soft">rat_ext {__version__}, torch {torch.__version__}.</p>')
+    others = {} if best.startswith("rr-") else {best: judged[best]}
+    if others and scores.kind_of(best).is_probability:
+        # Most probabilities are next to 1; their log-odds are apart.
+        values, right = judged[best]
+        others = {f"log-odds of {best}": (torch.tensor(values).logit(1e-12).numpy(), right)}
+    body.append(reports.histogram_section(radii, first, others))
+    if diagrams := reliabilities(evaluation):
+        body.append(reports.reliability_section(diagrams, first))
+    body += examples.sections(evaluation, best, first, data)
+    body += ["<h2>How this report was made</h2>", reports.definitions(record)]
     return reports.page(title, body)

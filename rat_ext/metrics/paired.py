@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bootstrap import Estimate, Metric, Rows, Statistic, Values, bootstrap, check_level
+from .bootstrap import (
+    Estimate,
+    Floats,
+    Metric,
+    Rows,
+    Statistic,
+    Values,
+    bootstrap,
+    check_level,
+)
 
 
 def differences(
@@ -55,18 +64,30 @@ def differences(
     prepare: Any = getattr(metric, "__wrapped__", None)
     if prepare is None:
         raise TypeError("metric must be one of rat_ext.metrics; its options are given beside it")
-    base = prepare(baseline, correct, **options)
-    others = [prepare(values, correct, **options) for values in confidences.values()]
-
-    def of(rows: Rows) -> Any:
-        return np.array([other.of(rows) for other in others]) - base.of(rows)
-
-    found = simultaneous(Statistic(base.size, of), n_boot, level, seed)
+    every = stacked([prepare(one, correct, **options) for one in (baseline, *confidences.values())])
+    from_first = np.eye(len(confidences) + 1)[1:] - np.eye(len(confidences) + 1)[0]
+    found = simultaneous(every, from_first, n_boot, level, seed)
     return dict(zip(confidences, found, strict=True))
 
 
-def simultaneous(statistic: Statistic, n_boot: int, level: float, seed: int) -> list[Estimate]:
-    """Intervals of all values of a statistic that hold together: the sup-t band of `differences`.
+def stacked(statistics: Sequence[Statistic]) -> Statistic:
+    """The values of K statistics of the same samples, (K,)."""
+    return Statistic(
+        statistics[0].size, lambda rows: np.array([each.of(rows) for each in statistics])
+    )
+
+
+def simultaneous(
+    statistic: Statistic, contrasts: Floats, n_boot: int, level: float, seed: int
+) -> list[Estimate]:
+    """Intervals of differences that hold together: the sup-t band of `differences`.
+
+    Args:
+        statistic: of K values.
+        contrasts: (J, K): each difference is a row times the K values.
+        n_boot: resamples.
+        level: probability that all J intervals are right.
+        seed: of the resamples.
 
     Raises:
         ValueError: n_boot is less than 2, or level not between 0 and 1.
@@ -74,17 +95,17 @@ def simultaneous(statistic: Statistic, n_boot: int, level: float, seed: int) -> 
     if n_boot < 2:
         raise ValueError(f"n_boot is {n_boot}; differences need at least 2 resamples")
     check_level(level)
-    values = np.asarray(statistic.of(slice(None)), float)
-    draws = bootstrap(statistic, n_boot, seed)
+    values = contrasts @ statistic.of(slice(None))
+    draws = bootstrap(statistic, n_boot, seed) @ contrasts.T
     draws = draws[~np.isnan(draws).any(1)]
-    if not values.size or len(draws) < 2:
+    if not len(values) or len(draws) < 2:
         return [Estimate(value, np.nan, np.nan) for value in values.tolist()]
     error = draws.std(0, ddof=1)
     apart = np.divide(abs(draws - values), error, out=np.zeros_like(draws), where=error > 0)
     margin = np.quantile(apart.max(1), level) * error
-    return [
-        Estimate(*row) for row in np.stack([values, values - margin, values + margin], 1).tolist()
-    ]
+    return list(
+        map(Estimate, values.tolist(), (values - margin).tolist(), (values + margin).tolist())
+    )
 
 
 def over_parts(size: int, parts: Sequence[tuple[NDArray[np.intp], Statistic]]) -> Statistic:

@@ -7,7 +7,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,13 +16,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .plots import INK, Radii, draw, radius_histograms, risk_coverage
+from .plots import (
+    INK,
+    Judged,
+    confidence_histogram,
+    draw,
+    radius_histograms,
+    reliability_diagram,
+    risk_coverage,
+)
 from .table import css_class
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
-    from ..metrics import RiskCoverage
+    from ..metrics import Reliability, RiskCoverage
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #5d6b7a; --paper: #ffffff;
@@ -30,7 +39,8 @@ _STYLE = """
   --card: #1d232a; --line: #343d47; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 66rem; color: var(--ink);
-  background: var(--paper); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
+  background: var(--paper); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif;
+  overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 46rem; }
@@ -38,7 +48,9 @@ p { margin: .5rem 0; max-width: 46rem; }
 .soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption { caption-side: bottom; text-align: left; padding-top: .5rem; }
+caption { caption-side: bottom; text-align: left; padding-top: .5rem; white-space: normal;
+  position: sticky; left: 0; max-width: min(46rem, calc(100vw - 2rem)); }
+tr > :first-child { position: sticky; left: 0; background: var(--paper); }
 th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
@@ -47,7 +59,8 @@ thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
 tr.group > * { border-top: 2px solid var(--line); }
 td.best { font-weight: 700; }
 .spread { color: var(--soft); font-weight: 400; font-size: .88em; }
-figure { margin: 1rem 0; }
+.figures { display: grid; grid-template-columns: repeat(2, 1fr); gap: 1.5rem 2rem; margin: 1rem 0; }
+figure { margin: 0; max-width: 34rem; }
 figure svg { width: 100%; height: auto; display: block; }
 figure svg text { font-family: inherit !important; }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.6rem, 1fr)); gap: .7rem;
@@ -55,14 +68,22 @@ figure svg text { font-family: inherit !important; }
 .images li { background: var(--card); border: 2px solid var(--line); border-radius: .4rem;
   padding: .45rem; font-size: .82rem; line-height: 1.35; text-align: center; }
 .images li.wrong { border-color: var(--wrong); }
-.images img { width: 100%; image-rendering: pixelated; display: block; border-radius: .2rem;
-  margin-bottom: .35rem; }
-.images b { display: block; overflow-wrap: anywhere; }
+.images img { width: 100%; display: block; border-radius: .2rem; margin-bottom: .35rem; }
+.images img.pixelated { image-rendering: pixelated; }
+.images b { display: block; }
 .wrong b { color: var(--wrong); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1rem; max-width: 50rem; }
 dt { font-weight: 600; } dd { margin: 0; }
 code { font: .92em ui-monospace, monospace; }
+@media (max-width: 600px) {
+  body { padding: 1.25rem 1rem 3rem; }
+  h1 { font-size: 1.5rem; }
+  .figures, dl { grid-template-columns: minmax(0, 1fr); }
+  dl { gap: 0; } dd { margin-bottom: .6rem; }
+}
 """
+THUMBNAIL = 96
+"""The longest side of an image on the page, in pixels."""
 
 
 def page(title: str, body: Iterable[str]) -> str:
@@ -91,16 +112,32 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def now() -> str:
+    """The date and time, for a report."""
+    return datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+
+
 def definitions(terms: Mapping[str, str]) -> str:
     """A list of terms and what they mean, as HTML."""
     items = (f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in terms.items())
     return f"<dl>{''.join(items)}</dl>"
 
 
+def lead(text: str) -> str:
+    """What a report has found, in large letters, as HTML."""
+    return f'<p class="lead">{escape(text)}</p>'
+
+
+def note(text: str) -> str:
+    """A remark, as HTML."""
+    return f'<p class="soft">{escape(text)}</p>'
+
+
 class Picture(NamedTuple):
-    """An image in a gallery: its (C, H, W) pixels in [0, 1] and the lines of text below."""
+    """An image in a gallery: its (1 or 3, H, W) pixels in [0, 1] and the lines of text below."""
 
     pixels: NDArray[np.float32]
+    alt: str
     heading: str
     lines: Sequence[str]
     wrong: bool
@@ -111,9 +148,10 @@ def gallery(pictures: Iterable[Picture]) -> str:
     items = []
     for picture in pictures:
         below = "".join(f"<div>{escape(line)}</div>" for line in picture.lines)
+        small = css_class(pixelated=max(picture.pixels.shape[1:]) < THUMBNAIL)
         items.append(
-            f'<li{css_class(wrong=picture.wrong)}><img src="{_png_url(picture.pixels)}" alt="">'
-            f"<b>{escape(picture.heading)}</b>{below}</li>"
+            f'<li{css_class(wrong=picture.wrong)}><img{small} src="{_png_url(picture.pixels)}" '
+            f'alt="{escape(picture.alt)}"><b>{escape(picture.heading)}</b>{below}</li>'
         )
     return f'<ul class="images">{"".join(items)}</ul>'
 
@@ -123,45 +161,76 @@ def _png_url(pixels: NDArray[np.float32]) -> str:
 
     values = np.rint(pixels * 255).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(values[0] if len(values) == 1 else values.transpose(1, 2, 0))
+    if max(image.size) > THUMBNAIL:
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image = image.quantize()  # a photograph in 256 colours takes a third of the bytes
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def html_figure(figure: Figure, description: str, caption: str) -> str:
-    """A figure of `draw` as inline SVG, whose text has the colour of the page's."""
+def figures(panels: Mapping[str, Callable[[Axes], None]], caption: str) -> str:
+    """Panels of `draw`, by what they show, as inline SVGs beside each other and one caption.
+
+    Each is so small that its text can be read on a phone; the text has the colour of the page's.
+    """
+    drawn = (f"<figure>{_svg(panel, what)}</figure>" for what, panel in panels.items())
+    return f'<div class="figures">{"".join(drawn)}</div>{note(caption)}'
+
+
+def _svg(panel: Callable[[Axes], None], description: str) -> str:
     from matplotlib import rc_context
 
     file = io.StringIO()
     # The salt makes identifiers that are unique on the page and the same in each run.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
+        figure = draw([panel], (4.8, 3.9))
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # not referred to, and in all figures the same
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
 
 
 def risk_section(curves: Mapping[str, Sequence[RiskCoverage]], runs: str) -> str:
     """The risk-coverage curves of `risk_coverage`, averaged over the runs ("seeds"), as HTML."""
     several = any(len(some) > 1 for some in curves.values())
-    figure = draw([lambda axes: risk_coverage(axes, curves)], (9.2, 4.0))
-    return "<h2>Risk and coverage</h2>\n" + html_figure(
-        figure,
-        f"Risk-coverage curves of {', '.join(curves)}",
+    return "<h2>Risk and coverage</h2>\n" + figures(
+        {f"Risk-coverage curves of {', '.join(curves)}": lambda axes: risk_coverage(axes, curves)},
         "The error rate (risk) among the predictions that are accepted, most trusted first. "
         f"Mean{' and standard deviation' if several else ''} over the {runs}.",
     )
 
 
-def radius_section(radii: Mapping[str, Radii], whose: str) -> str:
-    """The histograms of `radius_histograms`, of a choice of images ("all seeds"), as HTML."""
+def histogram_section(
+    radii: Mapping[str, Judged], whose: str, others: Mapping[str, Judged] | None = None
+) -> str:
+    """Histograms of radii and other confidences, of a choice of images ("all seeds"), as HTML."""
+    others = others or {}
+    panels = radius_histograms(radii)
+    panels += [confidence_histogram(name, judged) for name, judged in others.items()]
     infinite = sum(int(np.isinf(radius).sum()) for radius, _ in radii.values())
-    return "<h2>Radii of right and wrong predictions</h2>\n" + html_figure(
-        draw(radius_histograms(radii), (9.2, 3.5)),
-        "Histograms of the robust radii of right and wrong predictions",
-        f"Of {whose}. The less the two kinds overlap, the better the radius tells them apart. The "
-        "largest 0.5 % of the radii are in the last bin. Left out, because no change of the "
-        f"prediction was found: {infinite:,}.",
+    left_out = f" Left out, because no change of the prediction was found: {infinite:,}."
+    return "<h2>Right and wrong predictions</h2>\n" + figures(
+        {
+            f"Histogram of {n}, of right and wrong predictions": p
+            for n, p in zip([*radii, *others], panels, strict=True)
+        },
+        f"Of {whose}. The less the two kinds overlap, the better the score tells them apart. The "
+        f"first and the last bin also have what is beyond them.{left_out if infinite else ''}",
+    )
+
+
+def reliability_section(diagrams: Mapping[str, Reliability], whose: str) -> str:
+    """The reliability diagrams of `reliability_diagram`, of a choice of images, as HTML."""
+    return "<h2>Are the probabilities right?</h2>\n" + figures(
+        {
+            f"Reliability diagram of {', '.join(diagrams)}": lambda axes: reliability_diagram(
+                axes, diagrams
+            )
+        },
+        f"Of {whose}: the share of right predictions among those of about the same confidence. On "
+        "the dashed line the confidence is the probability of being right; below it the model is "
+        "over-confident. A larger dot is of more images. ECE, the expected calibration error, is "
+        "the mean distance from the line.",
     )

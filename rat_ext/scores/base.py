@@ -69,6 +69,8 @@ class Score(ABC):
     """What fit() takes from the data: nothing; a choice of one setting of the `grid` ("choose"),
     so that ``limited_to([setting])`` is as good as fitted; or more than that ("learn"). A class
     that defines fit() learns, unless it says otherwise."""
+    is_probability: ClassVar[bool] = False
+    """The confidence claims to be the probability that the prediction is right."""
     listed: ClassVar[bool] = True
     """`names` has it, so that an evaluation of all scores takes it along. False for a score that
     suits some kinds of input only."""

@@ -20,6 +20,8 @@ from .tuned import PERTURBATIONS, TEMPERATURES, TunedLogitScore
 class MSR(LogitScore):
     """Maximum softmax response (Hendrycks and Gimpel, ICLR 2017)."""
 
+    is_probability = True
+
     def score_logits(self, logits: Tensor) -> Tensor:
         return _log_odds(logits)[0].sigmoid()
 

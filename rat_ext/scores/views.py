@@ -30,6 +30,7 @@ class MSRViews(Score):
             cannot be saved.
     """
 
+    is_probability = True
     listed = False
 
     def __init__(self, views: Sequence[str | View] = ("mirrored",)) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -220,8 +221,11 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mean, std = sum(pair) / 2, abs(pair[0] - pair[1]) / 2**0.5
     assert f"{mean:.2f} ± {std:.2f}" in printed
     assert f'{mean:.2f} <span class="spread">± {std:.2f}</span>' in page
-    assert page.count("<svg") == 2
-    assert page.count("data:image/png;base64,") == 24
+    assert page.count("<svg") == 4
+    assert 18 < page.count("data:image/png;base64,") <= 36
+    assert f"<dd>rat-ext demo --out {out} --seeds 7 8 --epochs 4</dd>" in page
+    assert results["verdict"][0] in page
+    assert " ".join(results["verdict"]) in printed
     assert (out / "overview.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -261,8 +265,9 @@ def same_threads() -> None:
 
 
 def results_of(out: Path) -> dict:
-    """The results of an evaluation without its run times."""
+    """The results of an evaluation without its run times, and how they were made."""
     results = json.loads((out / "results.json").read_text())
+    assert results.pop("made")["model"] == "digits-cnn"
     for score in results["scores"].values():
         assert score.pop("milliseconds") > 0
     return results
@@ -278,7 +283,13 @@ def test_train_then_evaluate(
     assert results["images"] == 1297
     assert results["accuracy"] > 0.85
     assert results["title"] == "Misclassification detection: digits-cnn on digits"
+    page = (tmp_path / "index.html").read_text()
+    typed = shlex.join(["rat-ext", *EVALUATE, *checkpoint, "--out", str(tmp_path)])
+    assert f"<dd>{typed}</dd>" in page
+    assert "<dt>data set</dt><dd>digits</dd>" in page
+    assert page.count("data:image/png;base64,") > 18
     printed = capsys.readouterr().out
+    assert results["verdict"][0] in printed
     for name in ("msr", "odin", "rr-fast", "rr-bs"):
         auroc = [split["auroc"] for split in results["scores"][name]["splits"]]
         assert min(auroc) > 0.7

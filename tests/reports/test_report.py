@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -10,6 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from PIL import Image
 
 from rat_ext import demo, metrics, reports
 from rat_ext.reports import Cell, Column, Table
@@ -47,11 +53,18 @@ class Structure(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.open, self.ids, self.references = [], [], []
+        self.open, self.ids, self.references, self.alts = [], [], [], []
+        self.metas: dict[str | None, str | None] = {}
+        self.texts: dict[str, list[str]] = {}
+        """By tag, of those without tags within."""
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag not in self.VOID:
             self.open.append(tag)
+        if tag == "img":
+            self.alts.append(dict(attributes).get("alt"))
+        if tag == "meta":
+            self.metas[dict(attributes).get("name")] = dict(attributes).get("content")
         for name, value in attributes:
             if name == "id":
                 self.ids.append(value)
@@ -67,13 +80,22 @@ class Structure(HTMLParser):
         if tag not in self.VOID:
             assert self.open.pop() == tag
 
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.texts.setdefault(self.open[-1], []).append(data)
 
-def test_page_is_well_formed_and_self_contained(networks: list[demo.Network]) -> None:
-    experiment = demo.Experiment(seeds=(5,), train_size=100, epochs=1)
-    page = demo._page(experiment, networks, 1.0)
+
+def structure_of(page: str) -> Structure:
     structure = Structure()
     structure.feed(page)
     assert structure.open == []
+    return structure
+
+
+def test_page_is_well_formed_and_self_contained(networks: list[demo.Network]) -> None:
+    experiment = demo.Experiment(seeds=(5,), train_size=100, epochs=1)
+    page = demo._page(experiment, networks, {"command": "rat-ext demo --out 'a <b'"})
+    structure = structure_of(page)
     assert len(structure.ids) == len(set(structure.ids))
     outside = [r for r in structure.references if not r.startswith(("#", "data:image/png;base64,"))]
     assert outside == []
@@ -82,18 +104,26 @@ def test_page_is_well_formed_and_self_contained(networks: list[demo.Network]) ->
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
     assert "prefers-color-scheme: dark" in page
     assert reports.plots.INK not in page
+    assert structure.metas["viewport"] == "width=device-width, initial-scale=1"
+    assert "rat-ext demo --out &#x27;a &lt;b&#x27;" in page
+    assert all(structure.alts)
+    assert structure.texts["h1"] == ["Catching wrong predictions by their robust radius"]
+    assert structure.texts["h2"] == [
+        "Scores", "How to read it", "Risk and coverage", "Right and wrong predictions",
+        "Are the probabilities right?", "The most doubtful predictions", "Confident and wrong",
+        "How this report was made",
+    ]  # fmt: skip
 
 
-def test_most_doubtful_images_are_those_of_smallest_radius(networks: list[demo.Network]) -> None:
-    network = demo.of(networks, "rat")[0]
-    pictures = demo._most_doubtful(network)
-    radii = [float(picture.lines[1].removeprefix("radius ")) for picture in pictures]
-    assert radii == sorted(radii)
-    smallest = np.sort(network.evaluation.of("rr-bs").confidences[0])[: len(radii)]
-    assert radii == pytest.approx(smallest, abs=6e-5)
-    for picture in pictures:
-        same = picture.heading.removeprefix("predicted ") == picture.lines[0].removeprefix("true ")
-        assert picture.wrong != same
+def test_demo_compares_on_the_distinct_images(networks: list[demo.Network]) -> None:
+    twice = [*networks, *networks]  # as if two seeds had tested on the same images
+    assert demo.comparison(twice) == demo.comparison(networks)
+    plain, rat = networks
+    aurcs = [
+        f"{1000 * each.metrics(score)['aurc']:.2f}"
+        for each, score in ((rat, "rr-bs"), (plain, "msr"))
+    ]
+    assert f"(AURC x1000 {aurcs[0]} against {aurcs[1]}; difference" in demo.comparison(networks)
 
 
 def test_verdict_counts_seeds() -> None:
@@ -150,18 +180,90 @@ def test_best_cells() -> None:
     assert not reports.with_best([Cell(math.nan)], True)[0].best
 
 
-def test_infinite_radii_are_left_out_of_the_histogram() -> None:
-    radius = np.append(np.linspace(0.001, 0.3, 1000), [0.1, 0.2, np.inf, 5.0])
-    correct = np.append(np.zeros(1000, bool), [True, True, True, False])
+def steps(axes: Axes) -> list[np.ndarray]:
+    """The heights of the filled histograms on the axes."""
+    return [patch.get_data().values for patch in axes.patches if patch.get_fill()]
+
+
+def test_histograms_of_radii() -> None:
+    rng = np.random.default_rng(0)
+    right, wrong = 10 ** rng.normal(-1, 0.3, 3000), 10 ** rng.normal(-3, 0.3, 60)
+    radius = np.concatenate([right, [np.inf, 0.0], wrong])
+    correct = np.arange(len(radius)) < 3002
     near = np.array([0.01]), np.array([True])
     panels = reports.radius_histograms({"all": (radius, correct), "near": near})
-    axes, other = reports.draw(panels, (4, 3)).axes
-    heights = [patch.get_height() for patch in axes.patches]
-    assert sum(heights[:30]) == pytest.approx(100)  # the two right ones that are finite
-    assert sum(heights[30:]) == pytest.approx(100)
-    assert heights[59] > heights[58]  # with the one beyond the end
-    assert axes.get_xlim() == other.get_xlim() == (0, pytest.approx(0.299, abs=0.002))
+    axes, other = (reports.draw([panel], (4, 3)).axes[0] for panel in panels)
+    of_right, of_wrong = steps(axes)
+    assert of_right.sum() == of_wrong.sum() == pytest.approx(100)  # each of its own kind
+    assert (of_wrong > 0).sum() >= 5  # the wrong ones are not all in one bin
+    assert axes.get_xscale() == "log"
+    assert axes.get_xlim() == other.get_xlim()
     assert axes.get_title(loc="left") == "all"
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["right (3,002)", "wrong (60)"]
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    assert {"0.001", "0.01", "0.1"} <= set(ticks)
+    page = reports.histogram_section({"all": (radius, correct)}, "some")
+    assert "no change of the prediction was found: 1." in page
+
+
+@given(
+    st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=50), st.booleans()
+)
+def test_bins_of_any_values(values: list[float], log: bool) -> None:
+    edges = reports.bin_edges(np.array(values, float), log=log)
+    assert 10 <= len(edges) - 1 <= 40
+    assert np.isfinite(edges).all()
+    assert (np.diff(edges) > 0).all()
+    assert not log or (edges > 0).all()
+
+
+def test_bins_are_narrower_for_more_values() -> None:
+    rng = np.random.default_rng(0)
+    few, many = (reports.bin_edges(rng.normal(size=size), log=False) for size in (100, 2000))
+    assert np.diff(many)[0] < 0.7 * np.diff(few)[0]
+    outlier = np.append(rng.normal(size=2000), 1e9)
+    assert reports.bin_edges(outlier, log=False)[-1] < 10
+
+
+def test_reliability_diagram() -> None:
+    confidence = np.array([0.9, 0.9, 0.9, 0.9, 0.3])
+    found = metrics.reliability(confidence, [1, 1, 1, 0, 0])
+    panel = [lambda axes: reports.reliability_diagram(axes, {"some": found})]
+    axes = reports.draw(panel, (4, 3)).axes[0]
+    diagonal, line = axes.lines
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
+    assert np.stack(line.get_data(), 1) == pytest.approx(np.array([[30, 0], [90, 75]]))
+    assert line.get_label() == "some: ECE 18.0 %"  # 0.8 * 0.15 + 0.2 * 0.3
+    small, large = axes.collections[0].get_sizes()
+    assert small < large
+
+
+def test_gallery_escapes_and_describes() -> None:
+    pixels = np.zeros((3, 300, 200), np.float32)
+    noise = np.random.default_rng(0).random((3, 300, 200), np.float32)
+    odd = '"><script>'
+    pictures = [reports.Picture(p, odd, odd, [odd], True) for p in (pixels[:1, :8, :8], noise)]
+    page = reports.gallery(pictures)
+    assert "<script" not in page
+    structure = structure_of(page)
+    assert structure.alts == [odd, odd]
+    assert structure.texts["b"] == structure.texts["div"] == [odd, odd]
+    assert page.count('class="pixelated"') == 1
+    images = [
+        Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        for url in structure.references
+    ]
+    assert [image.size for image in images] == [(8, 8), (64, 96)]
+    assert all(len(url) < 15_000 for url in structure.references)
+
+
+def test_names_are_shown_as_they_are() -> None:
+    right = np.array([True, False])
+    name = "a$b$ <i>"
+    page = reports.risk_section({name: [metrics.risk_coverage_curve([1.0, 2.0], right)]}, "runs")
+    assert "a$b$ &lt;i&gt;</text>" in page
+    assert "<i>" not in page
 
 
 def test_risk_coverage_curves_are_averaged() -> None:
