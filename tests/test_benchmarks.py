@@ -340,3 +340,11 @@ def test_the_comparison_with_litserve_counts_the_batches_of_both(tmp_path, monke
     assert all(0 <= share <= 1 for share in failed.values())
     printed = capsys.readouterr().out
     assert all(f"| 4 | {name} | " in printed for name in serve_litserve.CONTENDERS)
+
+
+def test_time_of_a_report(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import report
+
+    report.main(["--images", "100", "--scores", "2"])
+    assert capsys.readouterr().out.startswith("100 images, 2 scores, 5 splits: ")

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -53,12 +54,12 @@ class Evaluation:
     """For each split the indices of the images that it is tested on."""
     results: list[Result]
 
-    @property
+    @cached_property
     def prediction(self) -> Tensor:
         """(N,) class indices."""
         return self.logits.argmax(1)
 
-    @property
+    @cached_property
     def correct(self) -> Tensor:
         """(N,) bool."""
         return self.prediction == self.target
