@@ -225,7 +225,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 18 < page.count("data:image/png;base64,") <= 36
     assert f"<dd>rat-ext demo --out {out} --seeds 7 8 --epochs 4</dd>" in page
     assert results["verdict"][0] in page
-    assert " ".join(results["verdict"]) in printed
+    assert "\n".join(results["verdict"]) in printed
     assert (out / "overview.png").read_bytes().startswith(b"\x89PNG")
 
 

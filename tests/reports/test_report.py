@@ -121,9 +121,15 @@ def test_demo_compares_on_the_distinct_images(networks: list[demo.Network]) -> N
     plain, rat = networks
     aurcs = [
         f"{1000 * each.metrics(score)['aurc']:.2f}"
-        for each, score in ((rat, "rr-bs"), (plain, "msr"))
+        for each, score in ((rat, "rr-bs"), (plain, "msr"), (rat, "msr"))
     ]
-    assert f"(AURC x1000 {aurcs[0]} against {aurcs[1]}; difference" in demo.comparison(networks)
+    first, second = demo.comparison(networks)
+    for sentence, base, aurc in (
+        (first, "plain training with MSR", aurcs[1]),
+        (second, "RAT with MSR", aurcs[2]),
+    ):
+        assert f" {base} " in sentence
+        assert f"(AURC x1000 {aurcs[0]} against {aurc}; difference" in sentence
 
 
 def test_verdict_counts_seeds() -> None:
