@@ -62,7 +62,7 @@ def _examples(
     for i in index:
         predicted = _class(int(evaluation.prediction[i]), classes)
         true = _class(int(evaluation.target[i]), classes)
-        value = f"{float(confidence[i]):.3g}"
+        value = f"{float(confidence[i]):.4g}"
         rows.append([f"{i}", predicted, true, value])
         if data is not None and _are_images(data):
             pictures.append(

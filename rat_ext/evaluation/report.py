@@ -189,7 +189,7 @@ def _page(
         reports.definitions(MEANINGS),
     ]
     if comparison.difference:
-        body += [f"<h2>Beside {BASELINE}</h2>", differences(comparison).html()]
+        body += [f"<h2>Differences from {BASELINE}</h2>", differences(comparison).html()]
     body += [
         "<h2>Costs</h2>",
         costs(evaluation).html(),

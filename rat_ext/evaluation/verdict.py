@@ -117,7 +117,7 @@ def differences(comparison: Comparison) -> reports.Table:
         for name, found in sorted(difference.items(), key=lambda item: aurc[item[0]])
     ]
     return reports.Table(
-        ["score", "AURC x1000", "difference", f"{100 * LEVEL:.0f} % interval", f"than {BASELINE}"],
+        ["score", "AURC x1000", "difference", f"{100 * LEVEL:.0f} % interval", "verdict"],
         rows,
         f"AURC less that of the softmax ({BASELINE}: {1000 * aurc[BASELINE]:.2f}): below 0 is "
         f"better. Paired bootstrap over the images, {RESAMPLES} resamples; the probability is "

@@ -47,14 +47,15 @@ p { margin: .5rem 0; max-width: 46rem; }
 .lead { font-size: 1.1rem; }
 .soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
 caption { caption-side: bottom; text-align: left; padding-top: .5rem; white-space: normal;
   position: sticky; left: 0; max-width: min(46rem, calc(100vw - 2rem)); }
 tr > :first-child { position: sticky; left: 0; background: var(--paper); }
 th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 th { font-weight: 600; }
-thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
+thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; white-space: normal; }
 .text { text-align: left; }
 tr.group > * { border-top: 2px solid var(--line); }
 td.best { font-weight: 700; }

@@ -122,7 +122,7 @@ def histogram(
 def confidence_histogram(name: str, judged: Judged) -> Callable[[Axes], None]:
     """A panel of `draw`: the histogram of any confidence."""
     edges = bin_edges(judged[0], log=False)
-    return lambda axes: histogram(axes, judged, name, "confidence", edges)
+    return lambda axes: histogram(axes, judged, name, name, edges)
 
 
 def radius_histograms(radii: Mapping[str, Judged]) -> list[Callable[[Axes], None]]:

@@ -197,7 +197,7 @@ def test_examples_as_pictures() -> None:
     assert numbers == [str(i) for i in range(10)]
     assert re.findall(r"no\. (\d+)", wrong) == ["9", "5", "3"]
     assert gallery.count('<li class="wrong">') == wrong.count('<li class="wrong">') == 3
-    assert "rr-bs 0.143" in gallery
+    assert "rr-bs 0.1429" in gallery
     assert "<b>cow" not in gallery.replace("<b>cat", "")
     assert 'alt="Image 3: predicted do&quot;g, in truth an outlier"' in wrong
     assert 'alt="Image 9: predicted &lt;b&gt;cow&lt;/b&gt;, in truth cat"' in wrong
@@ -218,7 +218,7 @@ def test_examples_of_other_data_are_a_table(known: bool, expected: list[list[str
     assert "<img" not in wrong
     cells = re.findall(r'<td class="text">(.*?)</td>', wrong)
     assert [cells[i : i + 3] for i in range(0, len(cells), 4)] == expected
-    assert cells[3::4] == ["1.29", "0.714", "0.429"]
+    assert cells[3::4] == ["1.286", "0.7143", "0.4286"]
 
 
 def test_no_wrong_predictions_no_section() -> None:
