@@ -314,6 +314,7 @@ def main(
         progress: show a tqdm bar on standard error.
         command: the command that was run, which the report shows.
     """
+    reports.check_installed()
     start = time.perf_counter()
     networks = run(experiment, progress=progress)
     seconds = time.perf_counter() - start

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import arg
 
-from .. import datasets, evaluation
+from .. import datasets, evaluation, reports
 from .inputs import Classifier, Data, Device, Flag, OptionalName, checked, command_line
 
 
@@ -46,6 +46,7 @@ class Evaluate:
     settings: SettingsOptions = field(default_factory=SettingsOptions)
 
     def run(self) -> None:
+        reports.check_installed()
         settings = checked(evaluation.Settings, self.settings)
         data, _ = self.images.load("test", known=self.classifier.preprocessing)
         model = self.classifier.load(len(data.classes))

@@ -5,6 +5,7 @@ Nothing here knows of models or scores; `rat_ext.evaluation` and `rat_ext.demo` 
 
 from .page import (
     Picture,
+    check_installed,
     definitions,
     figures,
     gallery,
@@ -41,6 +42,7 @@ __all__ = [
     "Picture",
     "Table",
     "bin_edges",
+    "check_installed",
     "definitions",
     "draw",
     "figures",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._common.extras import install
 from .plots import (
     INK,
     Judged,
@@ -85,6 +86,15 @@ code { font: .92em ui-monospace, monospace; }
 """
 THUMBNAIL = 96
 """The longest side of an image on the page, in pixels."""
+
+
+def check_installed() -> None:
+    """Raises ImportError if a library that draws is missing: before the work, not after it."""
+    try:
+        import matplotlib  # noqa: F401
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"a report needs matplotlib and pillow: {install('demo')}") from error
 
 
 def page(title: str, body: Iterable[str]) -> str:

@@ -186,6 +186,20 @@ def test_a_missing_extra_is_one_line(tmp_path: Path) -> None:
     assert result.stderr.endswith("pip install '.[demo]' in a clone of rat_ext)\n")
 
 
+@pytest.mark.parametrize("library", ["matplotlib", "PIL"])
+@pytest.mark.parametrize(
+    "command", [["demo"], ["evaluate", "--data", "digits", "--checkpoint", "absent.pt"]]
+)
+def test_what_the_report_needs_is_asked_for_before_the_work(
+    tmp_path: Path, library: str, command: list[str]
+) -> None:
+    without = f"import sys; sys.modules['{library}'] = None; "
+    result = run_program(*command, "--out", str(tmp_path / "out"), code=without + PROGRAM)
+    assert result.returncode == 2
+    assert f"rat-ext {command[0]}: error: a report needs matplotlib and pillow" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, torch; before = set(sys.modules)\n"
