@@ -23,7 +23,7 @@ def sections(evaluation: Evaluation, name: str, whose: str, data: Labelled | Non
             one tests on.
         whose: what these images are ("the first split").
         data: the images that were evaluated, which are read once more; None for a table. Samples
-            that are not (1, H, W) or (3, H, W) are listed in a table as well.
+            that are not (C, H, W) with 1, 3 or 4 channels are listed in a table as well.
     """
     test = evaluation.tests[0]
     confidence = trust(evaluation.of(name).confidences[0])
@@ -81,7 +81,7 @@ def _examples(
 
 def _are_images(data: Labelled) -> bool:
     shape = tuple(data[0][0].shape)
-    return len(shape) == 3 and shape[0] in (1, 3) and min(shape[1:]) > 1
+    return len(shape) == 3 and shape[0] in (1, 3, 4) and min(shape[1:]) > 1
 
 
 def _class(index: int, classes: Sequence[str]) -> str:

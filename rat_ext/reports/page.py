@@ -145,7 +145,7 @@ def note(text: str) -> str:
 
 
 class Picture(NamedTuple):
-    """An image in a gallery: its (1 or 3, H, W) pixels in [0, 1] and the lines of text below."""
+    """An image in a gallery: its (1, 3 or 4, H, W) pixels in [0, 1] and the lines of text below."""
 
     pixels: NDArray[np.float32]
     alt: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from html_page import structure_of
 from PIL import Image
 from torch import Tensor
 
@@ -70,6 +72,8 @@ def test_the_comparison_is_of_the_means_in_the_table(
         assert difference.value == pytest.approx(comparison.aurc[name] - comparison.aurc["msr"])
     assert comparison.difference["rr-bs"].high < 0 < comparison.difference["margin"].low
     assert compare(found) == comparison
+    other = dataclasses.replace(found.settings, seed=1)
+    assert compare(dataclasses.replace(found, settings=other)) != comparison
     (sentence,) = verdict(comparison)
     assert sentence.startswith(
         "rr-bs finds wrong predictions best: it ranks errors better than the softmax baseline msr "
@@ -255,6 +259,11 @@ def test_how_it_was_made(logits: Tensor, target: Tensor, noise: Tensor, tmp_path
     about = {"data set": "a & <b>", "model": "some-net"}
     evaluation.write(found, "title", tmp_path, command=command, about=about)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert structure_of(page).texts["h2"] == [
+        "Scores", "Differences from msr", "Costs", "Risk and coverage",
+        "Right and wrong predictions", "Are the probabilities right?",
+        "The most doubtful predictions", "Confident and wrong", "How this report was made",
+    ]  # fmt: skip
     record = page[page.index("How this report was made") :]
     assert (
         "<dt>command</dt><dd>rat-ext evaluate --data &#x27;a &amp; &lt;b&gt;&#x27;</dd>" in record
