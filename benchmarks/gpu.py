@@ -102,15 +102,10 @@ def build_model(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     """A net with random weights, and the shape of one input."""
     if name == "digits-cnn":
         return models.create(name), (1, 8, 8)
-    if name == "wrn-28-10":
+    if name in ("resnet18", "wrn-28-10"):
         return models.create(name), (3, 32, 32)
     import torchvision
 
-    if name == "resnet18":  # for 32x32 images: a small stem, and no pooling behind it
-        net = torchvision.models.resnet18(num_classes=10)
-        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        net.maxpool = nn.Identity()
-        return net, (3, 32, 32)
     if name == "resnet50":
         return torchvision.models.resnet50(), (3, 224, 224)
     return torchvision.models.vit_b_16(), (3, 224, 224)

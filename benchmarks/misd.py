@@ -1,258 +1,363 @@
-"""Does RAT training turn the robust radius into the better detector of errors?
+"""Which training, and which score, find the most wrong predictions of a classifier?
 
-    python benchmarks/misd.py --shared DIR
+    python benchmarks/misd.py train --nets scratch/plain/0 --shared DIR
+    python benchmarks/misd.py score --nets scratch/plain/0 --shared DIR
+    python benchmarks/misd.py report
 
-DIR has data/cifar10-jpeg-{train,test}.npz and models/cifar10-jpeg-resnet20.pt. Trains the NETS
-(a CIFAR-10 ResNet-20 each), scores the same test images with each of them, and writes
-results/misd.json and the plots of docs/measurements/misd.md, the page that says what came of it.
-What is done is kept in --work; the same command goes on from there after an interruption, and
---nets does only some.
+DIR has data/cifar10-jpeg-{train,test}.npz. Each net is trained and scored on its own, in its own
+folder of --work, so that nets can be spread over days and machines: copy their folders together,
+and `report` takes all that are there. Training goes on from its last epoch after an interruption
+(`timeout 540 python benchmarks/misd.py train ...` makes steps of nine minutes). Without --nets
+those of the first experiment are meant: ResNet-20 from scratch.
 
-Temperatures and perturbations are chosen on test images that are not reported on. Intervals are
-percentiles of a bootstrap over the images; those of differences are paired. They say nothing about
-another seed of the training.
+Test images: the first 1,000 choose temperatures (TUNE), the next 4,000 choose a recipe and a score
+(COMPARE), the last 5,000 (CONFIRM) are for the one that was chosen: nothing is chosen on them.
+Intervals are percentiles of a bootstrap over the images, paired where two nets or scores are
+compared, over the mean of the seeds of a recipe.
 """
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import load_model, shared_folder
+from common import shared_folder
 from tqdm.auto import tqdm
 
 from rat_ext import datasets, metrics, models, scores
 from rat_ext._common.storage import write_whole
-from rat_ext._common.user_model import logits_of, undisturbed
-from rat_ext.training import Recipe, train
+from rat_ext.models import ViewAveraged
+from rat_ext.training import PRESETS, Recipe, train
 
 HERE = Path(__file__).resolve().parent
-COMMON = {"batch_size": 128, "weight_decay": 5e-4, "bf16": True}
+TUNE, COMPARE, CONFIRM = slice(0, 1000), slice(1000, 5000), slice(5000, 10000)
 TEMPERATURES = (0.1, 0.3, 1.0)
-BASELINE = "MSR"
-EXPONENTS = np.linspace(-1, 1.5, 26)
+SEEDS = (0, 1)
 
 
 @dataclass(frozen=True)
 class Net:
-    """How a net comes about; without a recipe it is the shared one."""
+    """A net to train."""
 
-    recipe: Recipe | None = None
-    from_shared: bool = True
-
-
-def fine_tuned(loss: str = "rat", **changes) -> Net:
-    recipe = {"lr": 0.01, "epochs": 3, "augment": "crop-flip", **changes}
-    return Net(Recipe(loss=loss, **COMMON, **recipe))
-
-
-def from_scratch(loss: str = "rat", **changes) -> Net:
-    recipe = {"lr": 0.1, "epochs": 8, "warmup": 1, "augment": "crop-flip", **changes}
-    return Net(Recipe(loss=loss, **COMMON, **recipe), from_shared=False)
+    recipe: Recipe
+    model: str = "resnet20"
+    images: int | None = None
+    """How many training images, from the first; None for all."""
+    data: str = "shared"
+    """Or the name of a data set, which `rat_ext.datasets.load` finds in --root."""
 
 
-NETS = {
-    "shared": Net(),
-    "plain": fine_tuned("ce"),
-    "plain seed 1": fine_tuned("ce", seed=1),
-    "rat 1e-3": fine_tuned(eps=1e-3),
-    "rat 2e-3": fine_tuned(eps=2e-3),
-    "rat 4e-3": fine_tuned(eps=4e-3),
-    "rat 4e-3 seed 1": fine_tuned(eps=4e-3, seed=1),
-    "rat 8e-3": fine_tuned(eps=8e-3),
-    "rat 8e-3 pgd": fine_tuned(eps=8e-3, steps=3),
-    "rat 4e-3 lam 4": fine_tuned(eps=4e-3, lam=4.0),
-    "plain mixup": fine_tuned("ce", mixup=1.0),
-    "rat 4e-3 mixup": fine_tuned(eps=4e-3, mixup=1.0),
-    # Until the training images are learnt by heart, so that the softmax is over-confident.
-    "overfitted plain": fine_tuned("ce", lr=0.05, epochs=6, augment="none"),
-    "scratch plain": from_scratch("ce"),
-    "scratch rat 4e-3": from_scratch(eps=4e-3),
-    "long scratch plain": from_scratch("ce", epochs=24),
-    "long scratch plain seed 1": from_scratch("ce", epochs=24, seed=1),
-    "long scratch rat 4e-3": from_scratch(eps=4e-3, epochs=24),
-    "long scratch rat 4e-3 seed 1": from_scratch(eps=4e-3, epochs=24, seed=1),
+def from_scratch(loss: str = "ce", **changes) -> Recipe:
+    recipe = {
+        "loss": loss,
+        "eps": 4e-3,
+        "epochs": 24,
+        "warmup": 1,
+        "augment": "crop-flip",
+        "bf16": True,
+        **changes,
+    }
+    return Recipe(**recipe)
+
+
+SCRATCH = {
+    "plain": {},
+    "RAT": {"loss": "rat"},
+    "SWA": {"swa": 6, "swa_lr": 0.02},
+    "SAM + SWA": {"sam": 0.05, "swa": 6, "swa_lr": 0.02},
+    "RAT + SWA": {"loss": "rat", "swa": 6, "swa_lr": 0.02},
+    "RAT + SAM + SWA": {"loss": "rat", "sam": 0.05, "swa": 6, "swa_lr": 0.02},
+}
+"""The recipes of a ResNet-20 from scratch: what they change."""
+
+PAPER = replace(PRESETS["rat-paper"], eps=4e-3, epochs=100, bf16=True)
+HEART = {"plain": from_scratch(epochs=100, warmup=5), "RAT, as in the paper": PAPER}
+TUNED = {"epochs": 3, "warmup": 0, "lr": 0.01}
+PRETRAINED = {"plain": from_scratch(**TUNED), "RAT": from_scratch("rat", **TUNED)}
+LARGE = {
+    "plain": replace(PRESETS["plain"], epochs=200, augment="crop-flip", bf16=True),
+    "RAT, as in the paper": replace(PRESETS["rat-paper"], bf16=True),
+    "FMFP": replace(PRESETS["fmfp"], bf16=True),
+    "RAT + FMFP": replace(PRESETS["rat-fmfp"], eps=4e-3, bf16=True),
 }
 
 
-def new_scores() -> dict[str, scores.Score]:
-    """The scores under comparison; those with several settings choose by AURC."""
+def with_seeds(prefix: str, recipes: dict[str, Recipe], **how) -> dict[str, Net]:
     return {
-        "MSR": scores.get("msr"),
-        "MSR, T tuned": scores.get("doctor-beta"),
-        "max logit": scores.get("max-logit"),
-        "energy": scores.get("energy"),
-        "margin": scores.get("margin"),
-        "negative entropy": scores.get("negative-entropy"),
-        "Doctor alpha": scores.get("doctor-alpha"),
-        "ODIN": scores.get("odin", temperature=(1.0, 2.0), perturbation=(0.0, 5e-4, 1e-3, 2e-3)),
-        "RelU": scores.get("rel-u"),
-        "RR-Fast": scores.get("rr-fast", temperature=TEMPERATURES),
-        "RR-BS, T=1": scores.get("rr-bs", temperature=1.0),
-        "RR-BS": scores.get("rr-bs", temperature=TEMPERATURES),
+        f"{prefix}/{name}/{seed}": Net(replace(each, seed=seed), **how)
+        for name, each in recipes.items()
+        for seed in SEEDS
     }
 
 
-def trained(name: str, shared: Path, work: Path) -> torch.nn.Module:
-    """The net, from its checkpoint as far as it was trained before."""
-    net = NETS[name]
-    if net.recipe is None:
-        return load_model(shared, "resnet20")
-    if net.from_shared:
-        model = load_model(shared, "resnet20")
+NETS = {
+    **with_seeds("scratch", {name: from_scratch(**each) for name, each in SCRATCH.items()}),
+    # Trained until every one of 10,000 images is known by heart.
+    **with_seeds("by heart", HEART, model="resnet18-w32", images=10_000),
+    **with_seeds("pretrained", PRETRAINED, model="efficientnet_lite0:create"),
+    # For a GPU, in steps of some minutes: the checkpoint of every epoch is kept.
+    **{
+        key: net
+        for model in ("resnet18", "wrn-28-10")
+        for data in ("cifar10", "cifar100")
+        for key, net in with_seeds(f"{model} {data}", LARGE, model=model, data=data).items()
+    },
+}
+FROM_SCRATCH = [name for name in NETS if name.startswith("scratch/")]
+BASE, BASE_SCORE = "plain", "MSR"
+SCORES = (
+    "MSR",
+    "margin",
+    "RR-BS",
+    "MSR, mirrored",
+    "MSR, own class mirrored",
+    "RR-BS, mirrored",
+)
+"""Those with "mirrored" take two forward rows for the logits, the others one."""
+
+
+class Scored(NamedTuple):
+    """What a score makes of all test images."""
+
+    confidence: np.ndarray
+    correct: np.ndarray
+
+
+class Folders(NamedTuple):
+    """Where images are, and where they go."""
+
+    shared: Path
+    root: Path
+    device: str
+
+
+def folders(options: argparse.Namespace) -> Folders:
+    return Folders(options.shared, options.root, options.device)
+
+
+def folder_of(name: str, work: Path) -> Path:
+    return work / name.replace(" + ", "+").replace(", ", "-").replace(" ", "-")
+
+
+@cache
+def images_of(
+    data: str, options: "Folders", split: str, limit: int | None = None
+) -> datasets.Images:
+    """The images of a data set, on the device."""
+    if data == "shared":
+        path = options.shared / "data" / f"cifar10-jpeg-{split}.npz"
+        images = datasets.jpeg_archive(path, limit)
     else:
-        torch.manual_seed(net.recipe.seed)
-        model = models.create("resnet20")
+        images = datasets.load(data, split, options.root)
+    pixels, targets = (each.to(options.device) for each in (images.pixels, images.targets))
+    return datasets.Images(pixels, targets, images.classes)
+
+
+def trained(name: str, options: argparse.Namespace) -> torch.nn.Module:
+    """The net; goes on from its checkpoint, and only reads it where training was finished."""
+    net = NETS[name]
+    torch.manual_seed(net.recipe.seed)
+    data = images_of(net.data, folders(options), "train", net.images)
+    model = models.create(net.model, len(data.classes)).to(options.device)
     model = model.to(memory_format=torch.channels_last)  # the faster layout in bfloat16
-    data = datasets.jpeg_archive(shared / "data" / "cifar10-jpeg-train.npz")
-    out = work / name.replace(" ", "-")
-    return train(model, data, net.recipe, out=out).model.to(memory_format=torch.contiguous_format)
+    if options.compile:
+        model.compile()
+    out = folder_of(name, options.work)
+    return train(model, data, net.recipe, out=out, name=net.model).model
 
 
-def in_batches(images: datasets.Images, size: int = 250) -> torch.utils.data.DataLoader:
-    index = torch.arange(len(images)).split(size)
-    return datasets.batches(images, [part.tolist() for part in index], 0, torch.device("cpu"))
+def in_batches(images: datasets.Images, device: str, size: int = 250):
+    for part in torch.arange(len(images)).split(size):
+        x, target = images[part]
+        yield x.to(device), target.to(device)
 
 
-def all_logits(model: torch.nn.Module, images: datasets.Images) -> torch.Tensor:
-    with torch.no_grad(), undisturbed(model, torch.device("cpu")):
-        return torch.cat([logits_of(model(x), len(x)) for x, _ in in_batches(images)])
+def score(name: str, options: argparse.Namespace) -> None:
+    """Write scores.npz of a net: confidences and predictions for every test image."""
+    record = folder_of(name, options.work) / "scores.npz"
+    if record.exists():
+        return
+    model = trained(name, options).to(memory_format=torch.contiguous_format).eval()
+    images = images_of(NETS[name].data, folders(options), "test")
+    tune = images.subset(TUNE)
+    columns = {"target": images.targets.cpu().numpy()}
+    averaged = ViewAveraged(model)
+    with tqdm(SCORES, desc=f"score {name}", unit="score") as bar:
+        for title in bar:
+            bar.set_postfix_str(title)
+            confidence, prediction = measured(title, model, averaged, images, tune, options.device)
+            columns[f"{title}/confidence"] = confidence.double().numpy()
+            columns[f"{title}/prediction"] = prediction.numpy()
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:  # savez would give the path another ending
+            np.savez_compressed(file, **columns)
+
+    write_whole(record, write)
 
 
-def slopes(model: torch.nn.Module, images: datasets.Images) -> torch.Tensor:
-    """(N,) L1 norms of the input gradient of the predicted class's log-odds."""
-    norms = []
-    for x, _ in in_batches(images):
-        leaf = x.requires_grad_()
-        logits = model(leaf)
-        predicted = logits.argmax(1, keepdim=True)
-        others = logits.scatter(1, predicted, -torch.inf).logsumexp(1)
-        log_odds = logits.gather(1, predicted)[:, 0] - others
-        (gradient,) = torch.autograd.grad(log_odds.sum(), leaf)
-        norms.append(gradient.abs().flatten(1).sum(1))
-    return torch.cat(norms)
+def measured(title, model, averaged, images, tune, device):
+    """The (N,) confidences and predictions of a score on the images."""
+    name, _, views = title.partition(", ")
+    classifier = averaged if views == "mirrored" else model
+    if views == "own class mirrored":
+        each = scores.get("msr-views")
+    elif name == "RR-BS":
+        each = scores.get("rr-bs", temperature=TEMPERATURES)
+    else:
+        each = scores.get(name.lower())
+    each.fit(classifier, in_batches(tune, device), progress=False)
+    parts = [each.score_and_predict(classifier, x) for x, _ in in_batches(images, device)]
+    return tuple(torch.cat(part).cpu() for part in zip(*parts, strict=True))
 
 
-def bootstrapped(confidences: np.ndarray, correct: np.ndarray, resamples: int) -> np.ndarray:
-    """(scores, resamples) AURCs, all scores on the same resamples of the images."""
-    generator = np.random.default_rng(0)
-    values = np.empty((len(confidences), resamples))
-    for i in range(resamples):
-        chosen = generator.integers(len(correct), size=len(correct))
-        values[:, i] = [metrics.aurc(each[chosen], correct[chosen]) for each in confidences]
-    return values
-
-
-def interval(values: np.ndarray) -> list[float]:
-    return [float(v) for v in np.quantile(values, [0.025, 0.975])]
-
-
-def measured(name: str, model: torch.nn.Module, arguments: argparse.Namespace) -> dict:
-    """What the scores make of a net, as it goes into the results."""
-    data = datasets.jpeg_archive(
-        arguments.shared / "data" / "cifar10-jpeg-test.npz", arguments.tune + arguments.test
-    )
-    held_out = data.subset(slice(arguments.tune))
-    test = data.subset(slice(arguments.tune, None))
-    held_out_logits, logits = all_logits(model, held_out), all_logits(model, test)
-    correct = logits.argmax(1) == test.targets
-    train_images = datasets.jpeg_archive(
-        arguments.shared / "data" / "cifar10-jpeg-train.npz", arguments.test
-    )
-    train_right = all_logits(model, train_images).argmax(1) == train_images.targets
-
-    confidences, chosen = {}, {}
-    for title, score in (bar := tqdm(new_scores().items(), desc=f"score {name}", unit="score")):
-        bar.set_postfix_str(title)
-        grid = getattr(score, "grid", [])
-        if isinstance(score, scores.LogitScore) and not any(each.perturbation for each in grid):
-            identity = torch.nn.Identity()  # the logits are known
-            score.fit(identity, [(held_out_logits, held_out.targets)], progress=False)
-            confidences[title] = score.score(identity, logits)
-        else:
-            score.fit(model, in_batches(held_out), progress=False)
-            confidences[title] = torch.cat([score.score(model, x) for x, _ in in_batches(test)])
-        if len(grid) > 1:
-            chosen[title] = score.setting._asdict()
-
-    right = correct.numpy()
-    values = {title: each.double().numpy() for title, each in confidences.items()}
-    samples = bootstrapped(np.stack(list(values.values())), right, arguments.resamples)
-    baseline = samples[list(values).index(BASELINE)]
-    rows = {}
-    for title, sample in zip(values, samples, strict=True):
-        summary = metrics.summary(values[title], right)
-        rows[title] = {
-            **{key: float(value) for key, value in summary.items()},
-            "aurc_interval": interval(sample),
-            "minus_msr": float(summary["aurc"] - rows[BASELINE]["aurc"]) if rows else 0.0,
-            "minus_msr_interval": interval(sample - baseline),
-            "chosen": chosen.get(title),
-        }
-    top = logits.topk(2, dim=1).values
-    margin, slope = (top[:, 0] - top[:, 1]).double().numpy(), slopes(model, test).double().numpy()
-    tiny = np.finfo(float).tiny
-    by_exponent = [
-        metrics.aurc(np.log(margin + tiny) - a * np.log(slope + tiny), right) for a in EXPONENTS
-    ]
-    probability = logits.softmax(1).amax(1)
-    return {
-        "recipe": asdict(NETS[name].recipe) if NETS[name].recipe else None,
-        "from_shared": NETS[name].from_shared,
-        "train_accuracy": float(train_right.double().mean()),
-        "accuracy": float(right.mean()),
-        "errors": int((~right).sum()),
-        "mean_confidence": float(probability.mean()),
-        "median_radius": float(np.median(values["RR-BS, T=1"])),
-        "median_slope": {
-            "right": float(np.median(slope[right])),
-            "wrong": float(np.median(slope[~right])),
-        },
-        "scores": rows,
-        "aurc_by_exponent": by_exponent,
-    }
-
-
-def printed(results: dict[str, dict]) -> str:
-    """A table of the nets, as markdown."""
-    lines = [
-        "| net | train % | test % | confidence % | median radius | MSR | MSR, T tuned | RR-Fast "
-        "| RR-BS | RR-BS - MSR |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, net in results.items():
-        row = net["scores"]
-        aurcs = [f"{1000 * row[t]['aurc']:.1f}" for t in ("MSR", "MSR, T tuned", "RR-Fast")]
-        rr = row["RR-BS"]
-        low, high = (1000 * v for v in rr["minus_msr_interval"])
-        lines.append(
-            f"| {name} | {100 * net['train_accuracy']:.1f} | {100 * net['accuracy']:.1f} "
-            f"| {100 * net['mean_confidence']:.1f} | {net['median_radius']:.4f} "
-            f"| {' | '.join(aurcs)} | {1000 * rr['aurc']:.1f} "
-            f"| {1000 * rr['minus_msr']:+.1f} ({low:+.1f} to {high:+.1f}) |"
-        )
-    return "\n".join(lines)
-
-
-def all_scores(results: dict[str, dict]) -> str:
-    """AURC x1000 of every score in every net, as markdown."""
-    titles = list(next(iter(results.values()))["scores"])
-    lines = ["| net | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
-    for name, net in results.items():
-        cells = (
-            "{:.1f} ({:.1f} to {:.1f})".format(
-                *(1000 * v for v in (row["aurc"], *row["aurc_interval"]))
+def read(name: str, work: Path) -> dict[str, Scored]:
+    """What `score` wrote of a net."""
+    with np.load(folder_of(name, work) / "scores.npz") as columns:
+        return {
+            title: Scored(
+                columns[f"{title}/confidence"],
+                columns[f"{title}/prediction"] == columns["target"],
             )
-            for row in net["scores"].values()
-        )
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            for title in SCORES
+        }
+
+
+METRICS = {"aurc": metrics.aurc, "fpr_at_95_tpr": metrics.fpr_at_tpr, "auroc": metrics.auroc}
+
+
+class Sample(NamedTuple):
+    """A metric on some images, and on resamples of them."""
+
+    value: float
+    draws: np.ndarray
+
+    @staticmethod
+    def mean(samples: list["Sample"]) -> "Sample":
+        values, draws = zip(*samples, strict=True)
+        return Sample(float(np.mean(values)), np.mean(draws, axis=0))
+
+    def interval(self) -> list[float]:
+        return [float(v) for v in np.nanquantile(self.draws, [0.025, 0.975])]
+
+    def over(self, base: "Sample") -> "Sample":
+        """The change from `base`, as a share of it."""
+        return Sample(self.value / base.value - 1, self.draws / base.draws - 1)
+
+    def minus(self, base: "Sample") -> "Sample":
+        return Sample(self.value - base.value, self.draws - base.draws)
+
+
+def resampled(scored: Scored, images: slice, resamples: int) -> dict[str, Sample]:
+    """Every metric on a part of the images; all nets and scores have the same resamples."""
+    confidence, correct = scored.confidence[images], scored.correct[images]
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(len(correct), size=len(correct)) for _ in range(resamples)]
+    with warnings.catch_warnings():  # a resample without errors has no FPR@95TPR
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return {
+            name: Sample(
+                metric(confidence, correct),
+                np.array([metric(confidence[each], correct[each]) for each in rows]),
+            )
+            for name, metric in METRICS.items()
+        }
+
+
+def summarised(recipe: str, title: str, seeds: dict, bases: dict) -> dict:
+    """A recipe with a score on a part of the images, beside the plain net with MSR."""
+    row = {}
+    for metric in METRICS:
+        own = Sample.mean([seeds[seed][title][metric] for seed in seeds])
+        base = Sample.mean([bases[seed][BASE_SCORE][metric] for seed in seeds])
+        msr = Sample.mean([seeds[seed][BASE_SCORE][metric] for seed in seeds])
+        plain = Sample.mean([bases[seed][title][metric] for seed in seeds])
+        row[metric] = {
+            "value": own.value,
+            "interval": own.interval(),
+            "seeds": [seeds[seed][title][metric].value for seed in seeds],
+            "change": own.over(base).value,
+            "change_interval": own.over(base).interval(),
+            "base_interval": base.interval(),
+            # What the score contributes in this net, and what the recipe does to this score.
+            "minus_msr": own.minus(msr).value,
+            "minus_msr_interval": own.minus(msr).interval(),
+            "minus_plain": own.minus(plain).value,
+            "minus_plain_interval": own.minus(plain).interval(),
+        }
+    return row
+
+
+def report(options: argparse.Namespace) -> None:
+    """Merge what there is of all nets into results/misd.json, and draw it."""
+    known = [name for name in NETS if (folder_of(name, options.work) / "scores.npz").exists()]
+    content = {"torch": torch.__version__, "resamples": options.resamples, "experiments": {}}
+    experiments: dict[str, dict[str, dict[int, str]]] = {}
+    for name in known:
+        experiment, recipe, seed = name.split("/")
+        experiments.setdefault(experiment, {}).setdefault(recipe, {})[int(seed)] = name
+    bar = tqdm(total=2 * len(known) * len(SCORES), desc="bootstrap", unit="score")
+    for experiment, recipes in experiments.items():
+        parts = content["experiments"][experiment] = {}
+        for part, images in (("compare", COMPARE), ("confirm", CONFIRM)):
+            samples: dict = {}
+            accuracy: dict = {}
+            for recipe, seeds in recipes.items():
+                for seed, name in seeds.items():
+                    scored = read(name, options.work)
+                    samples.setdefault(recipe, {})[seed] = {}
+                    right = scored[BASE_SCORE].correct[images]
+                    accuracy.setdefault(recipe, []).append(float(right.mean()))
+                    for title in SCORES:
+                        each = resampled(scored[title], images, options.resamples)
+                        samples[recipe][seed][title] = each
+                        bar.update()
+            parts[part] = {
+                recipe: {
+                    "accuracy": accuracy[recipe],
+                    "scores": {
+                        title: summarised(recipe, title, common, samples[BASE]) for title in SCORES
+                    },
+                }
+                for recipe, seeds in samples.items()
+                # Compared with the plain nets of the same seeds.
+                if (common := {s: seeds[s] for s in seeds if s in samples.get(BASE, {})})
+            }
+    bar.close()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    for experiment, parts in content["experiments"].items():
+        for part, recipes in parts.items():
+            print(f"\n{experiment}, {part}\n\n{table(recipes)}")
+    if "scratch" in content["experiments"]:
+        draw(content["experiments"]["scratch"]["compare"], options.plots)
+
+
+def table(recipes: dict) -> str:
+    """AURC x1000 of every recipe and score, as markdown, with the change in % where it is told."""
+    lines = ["| recipe | accuracy % | " + " | ".join(SCORES) + " |"]
+    lines.append("|---|---:|" + "---:|" * len(SCORES))
+    for recipe, row in recipes.items():
+        accuracy = ", ".join(f"{100 * each:.1f}" for each in row["accuracy"])
+        cells = []
+        for title in SCORES:
+            aurc = row["scores"][title]["aurc"]
+            low, high = (100 * v for v in aurc["change_interval"])
+            cells.append(
+                f"{1000 * aurc['value']:.1f} ({100 * aurc['change']:+.0f} %: "
+                f"{low:+.0f} to {high:+.0f})"
+            )
+        lines.append(f"| {recipe} | {accuracy} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict], folder: Path) -> None:
-    """misd-differences.png and misd-exponents.png."""
+def draw(recipes: dict, folder: Path) -> None:
+    """misd.png: the change of AURC by recipe and score."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -260,108 +365,50 @@ def draw(results: dict[str, dict], folder: Path) -> None:
 
     from rat_ext.reports import PALETTE
 
-    names = list(results)
-    figure, axes = plt.subplots(figsize=(8.4, 1.2 + 0.36 * len(names)), layout="constrained")
-    places = np.arange(len(names))
-    for offset, (title, colour) in enumerate(
-        [("RR-BS", PALETTE[2]), ("RR-Fast", PALETTE[4]), ("MSR, T tuned", PALETTE[1])]
-    ):
-        rows = [results[name]["scores"][title] for name in names]
-        centre = np.array([1000 * row["minus_msr"] for row in rows])
-        ends = 1000 * np.array([row["minus_msr_interval"] for row in rows]).T
+    figure, axes = plt.subplots(figsize=(8.4, 1.6 + 0.62 * len(recipes)), layout="constrained")
+    places = np.arange(len(recipes))
+    marks = "osDosD"
+    for i, title in enumerate(SCORES):
+        rows = [recipe["scores"][title]["aurc"] for recipe in recipes.values()]
+        centre = 100 * np.array([row["change"] for row in rows])
+        ends = 100 * np.array([row["change_interval"] for row in rows]).T
         axes.errorbar(
             centre,
-            places + 0.22 * (offset - 1),
+            places + 0.11 * (i - 2.5),
             xerr=np.abs(ends - centre),
-            fmt="o",
+            fmt=marks[i],
             markersize=4,
-            color=colour,
+            color=PALETTE[i % 3 + 1],
+            fillstyle="full" if "mirrored" in title else "none",
             label=title,
         )
     axes.axvline(0, color="#7b8794", linewidth=1)
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, list(recipes))
     axes.invert_yaxis()
-    axes.set_xlabel("AURC x1000 minus that of MSR: left of 0 is better than MSR")
-    axes.legend(frameon=False)
+    axes.set_xlabel("change of AURC in % from the plain net with MSR: left of 0 is better")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder / "misd-differences.png", dpi=130)
-    plt.close(figure)
-
-    figure, (curves, points) = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
-    at_margin = int(np.abs(EXPONENTS).argmin())
-    titles = set()
-    for name, net in results.items():
-        recipe = NETS[name].recipe
-        rat = recipe is not None and recipe.loss == "rat"
-        title = ("RAT" if rat else "plain") + ("" if NETS[name].from_shared else ", from scratch")
-        colour = PALETTE[2] if rat else PALETTE[1]
-        label = None if title in titles else title
-        titles.add(title)
-        aurc = 1000 * np.array(net["aurc_by_exponent"])
-        style = "-" if NETS[name].from_shared else "--"
-        curves.plot(EXPONENTS, aurc - aurc[at_margin], style, color=colour, label=label)
-        slope = net["median_slope"]
-        points.plot(
-            100 * (slope["wrong"] / slope["right"] - 1),
-            1000 * net["scores"]["RR-BS"]["minus_msr"],
-            "o",
-            color=colour,
-            fillstyle="full" if NETS[name].from_shared else "none",
-            label=label,
-        )
-    for place, text in ((0, "logit margin"), (1, "linear radius")):
-        curves.axvline(place, color="#7b8794", linewidth=1, linestyle=":")
-        curves.annotate(
-            text, (place, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom"
-        )
-    curves.set_xlabel("a in  margin / slope^a")
-    curves.set_ylabel("AURC x1000 minus that of the margin")
-    points.axhline(0, color="#7b8794", linewidth=1)
-    points.set_xlabel("median slope, wrong over right predictions, in % above 1")
-    points.set_ylabel("AURC x1000 of RR-BS minus that of MSR")
-    for axes in (curves, points):
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder / "misd-exponents.png", dpi=130)
+    figure.savefig(folder / "misd.png", dpi=130)
     plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("step", choices=["train", "score", "report"])
     parser.add_argument("--shared", type=shared_folder, default=shared_folder())
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), metavar="NET")
-    parser.add_argument("--tune", type=int, default=1000, help="test images to choose settings on")
-    parser.add_argument("--test", type=int, default=4000, help="test images to report on")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of data sets")
+    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=FROM_SCRATCH, metavar="NET")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--work", type=Path, default=HERE / "misd-work", help="kept between runs")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "misd.json")
     parser.add_argument("--plots", type=Path, default=HERE.parent / "docs" / "measurements")
-    arguments = parser.parse_args(argv)
-
-    settings = {name: getattr(arguments, name) for name in ("tune", "test", "resamples")}
-    results = {}
-    for name in arguments.nets:
-        record = arguments.work / f"{name.replace(' ', '-')}.json"
-        if record.exists() and (known := json.loads(record.read_text()))["settings"] == settings:
-            results[name] = known["result"]
-            continue
-        model = trained(name, arguments.shared, arguments.work)
-        results[name] = measured(name, model, arguments)
-        content = json.dumps({"settings": settings, "result": results[name]}, indent=1)
-        arguments.work.mkdir(parents=True, exist_ok=True)
-        write_whole(record, lambda path, content=content: path.write_text(content))
-        print(printed({name: results[name]}), flush=True)
-
-    content = {
-        "torch": torch.__version__,
-        **settings,
-        "exponents": list(EXPONENTS),
-        "nets": results,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
-    draw(results, arguments.plots)
-    print(printed(results), all_scores(results), sep="\n\n")
+    options = parser.parse_args(argv)
+    if options.step == "report":
+        return report(options)
+    for name in options.nets:
+        (trained if options.step == "train" else score)(name, options)
 
 
 if __name__ == "__main__":

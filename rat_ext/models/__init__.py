@@ -1,6 +1,6 @@
 """Classifiers by name, with the normalisation inside, so that radii are in the units of pixels."""
 
-from .architectures import CifarResNet, DigitsCNN, Normalized, WideResNet
+from .architectures import CifarResNet, DigitsCNN, Normalized, ResNet18, WideResNet
 from .built_in import (
     CIFAR_MEAN,
     CIFAR_STD,
@@ -24,6 +24,7 @@ __all__ = [
     "CifarResNet",
     "DigitsCNN",
     "Normalized",
+    "ResNet18",
     "TemperatureScaling",
     "VectorScaling",
     "ViewAveraged",

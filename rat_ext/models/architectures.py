@@ -109,6 +109,55 @@ class CifarResNet(nn.Module):
         return logits
 
 
+class _ProjectedBlock(nn.Module):
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or width_in != width:
+            conv = nn.Conv2d(width_in, width, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+@built_in("resnet18-w32", (3, 32, 32), CIFAR_MEAN, CIFAR_STD, width=32)
+@built_in("resnet18", (3, 32, 32), CIFAR_MEAN, CIFAR_STD)
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al., CVPR 2016) with a stem for 32x32 images: 3x3, no stride, no pooling.
+
+    Args:
+        width: channels of the first stage: 64 in the paper.
+        num_classes: number of logits.
+    """
+
+    def __init__(self, width: int = 64, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        blocks: list[nn.Module] = []
+        width_in = width
+        for stage in range(4):
+            for stride in (2 if stage else 1, 1):
+                blocks.append(_ProjectedBlock(width_in, width << stage, stride))
+                width_in = width << stage
+        self.blocks = nn.Sequential(*blocks)
+        self.linear = nn.Linear(width_in, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.bn1(self.conv1(x))))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
 class _WideBlock(nn.Module):
     def __init__(self, width_in: int, width: int, stride: int, dropout: float) -> None:
         super().__init__()

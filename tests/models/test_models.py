@@ -42,6 +42,18 @@ def test_logits_of_any_batch_and_number_of_classes(name: str) -> None:
     assert model(torch.rand(2, *shape)).shape == (2, 7)
 
 
+def test_resnet18_is_torchvisions_but_for_the_stem() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    theirs = torchvision.models.resnet18(num_classes=7)
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    ours = models.ResNet18(num_classes=7)
+    weights = dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True))
+    ours.load_state_dict(weights)
+    x = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
 def test_normalisation_is_inside_and_saved() -> None:
     model = models.Normalized(nn.Flatten(), (0.5, 0.25), (0.5, 0.25))
     logits = model(torch.tensor([[[[1.0]], [[0.0]]]]))
