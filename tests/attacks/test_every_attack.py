@@ -147,7 +147,7 @@ def test_scores_take_attacks():
     recorder, x = Recorder(mlp()), uniform(20, 12)
     score = scores.get("rr-bs", attack="pgd", steps=5, temperature=1.0)
     assert math.isnan(score.backward_rows)
-    expected = robust_radius(recorder.model, x, attack="pgd", steps=5)
+    expected = robust_radius(recorder.model, x, attack="pgd", steps=5, rtol=0.05)
     assert torch.equal(score.score(recorder, x), expected)
     assert score.forward_rows * 20 == pytest.approx(recorder.forward_rows)
     assert score.backward_rows * 20 == pytest.approx(recorder.backward_rows)
