@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 
@@ -15,17 +14,17 @@ import pytest
 @contextlib.contextmanager
 def local_ray() -> Iterator[None]:
     """Start it, and end it; skips where it is not installed. Workers get `helpers` by value."""
-    if os.environ.get("RAT_EXT_TEST_RAY") != "1":
-        # In a clone whose package is installed elsewhere, workers have been seen not to start.
-        pytest.skip("Ray's workers do not start everywhere; RAT_EXT_TEST_RAY=1 runs this")
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     ray.cloudpickle.register_pickle_by_value(helpers)  # they cannot import it
-    with pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        # Workers run, and look for modules, where Ray was started: in the source tree they would
+        # find a package without its core. The folder lives as long as they do.
+        tempfile.TemporaryDirectory() as elsewhere,
+    ):
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else it writes a token to the home folder
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        with tempfile.TemporaryDirectory() as elsewhere, pytest.MonkeyPatch.context() as place:
-            # Workers look for modules where this was called: in a clone whose package is installed
-            # elsewhere they would find one without its core.
+        with pytest.MonkeyPatch.context() as place:
             place.chdir(elsewhere)
             ray.init(
                 num_cpus=2,

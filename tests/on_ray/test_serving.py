@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,6 +138,49 @@ def test_batches_and_what_is_served(url: str, alone: Any) -> None:
     info = httpx.get(f"{url}/info").json()
     assert info == {**alone.get("/info").json(), "model": "digits-cnn"}
     assert "Is this prediction to be trusted?" in httpx.get(f"{url}/").text
+
+
+def replicas() -> set[int]:
+    """The processes of Ray Serve's replicas."""
+    titles = {
+        int(entry.name): (entry / "cmdline").read_bytes()
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdecimal() and (entry / "cmdline").exists()
+    }
+    return {pid for pid, title in titles.items() if title.startswith(b"ray::ServeReplica")}
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the replicas in /proc")
+def test_nothing_is_lost_or_wrong_when_a_replica_is_killed(url: str, alone: Any) -> None:
+    x = uniform(8, 1, 8, 8, seed=3, dtype=torch.float32)
+    bodies = [npy(each) for each in x]
+    expected = [alone.post("/predict", content=body).json() for body in bodies]
+    before = replicas()
+    assert len(before) == 2
+
+    def post(i: int) -> tuple[int, Any]:
+        """Status and answer, as a client gets them that tries again."""
+        for _ in range(30):
+            answer = httpx.post(f"{url}/predict", content=bodies[i % 8], timeout=60)
+            if answer.status_code < 500:
+                break
+            time.sleep(0.2)
+        return answer.status_code, answer.json()
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = []
+        for i, answer in enumerate(pool.map(post, range(400))):
+            answers.append(answer)
+            if i == 40:
+                os.kill(min(before), signal.SIGKILL)
+    for i, (status, answer) in enumerate(answers):
+        assert status == 200
+        assert same(answer, expected[i % 8])
+    end = time.monotonic() + 60
+    while len(now := replicas()) < 2 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert len(now) == 2
+    assert min(before) not in now
 
 
 @pytest.mark.parametrize(
