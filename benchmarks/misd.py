@@ -3,10 +3,12 @@
     python benchmarks/misd.py train --nets scratch/plain/0 --shared DIR
     python benchmarks/misd.py score --nets scratch/plain/0 --shared DIR
     python benchmarks/misd.py report
+    python benchmarks/misd.py keep --nets scratch/plain/0 --shared DIR
 
 DIR has data/cifar10-jpeg-{train,test}.npz. Each net is trained and scored on its own, in its own
 folder of --work, so that nets can be spread over days and machines: copy their folders together,
-and `report` takes all that are there. Training goes on from its last epoch after an interruption
+and `report` takes all that are there. `keep` writes the weights of a net to results/nets, for
+`rat-ext evaluate --checkpoint`. Training goes on from its last epoch after an interruption
 (`timeout 540 python benchmarks/misd.py train ...` makes steps of nine minutes). Without --nets
 those of the first experiment are meant: ResNet-20 from scratch.
 
@@ -19,7 +21,7 @@ compared, over the mean of the seeds of a recipe.
 import argparse
 import json
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -269,14 +271,19 @@ def resampled(scored: Scored, images: slice, resamples: int) -> dict[str, Sample
         }
 
 
-def summarised(recipe: str, title: str, seeds: dict, bases: dict) -> dict:
+def without_rat(recipe: str) -> str:
+    """The recipe that a recipe is to be compared with, to see what was added to it."""
+    return recipe.removeprefix("RAT + ") if recipe.startswith("RAT + ") else BASE
+
+
+def summarised(title: str, seeds: dict, fewer: dict, bases: dict) -> dict:
     """A recipe with a score on a part of the images, beside the plain net with MSR."""
     row = {}
     for metric in METRICS:
         own = Sample.mean([seeds[seed][title][metric] for seed in seeds])
         base = Sample.mean([bases[seed][BASE_SCORE][metric] for seed in seeds])
         msr = Sample.mean([seeds[seed][BASE_SCORE][metric] for seed in seeds])
-        plain = Sample.mean([bases[seed][title][metric] for seed in seeds])
+        less = Sample.mean([fewer[seed][title][metric] for seed in seeds])
         row[metric] = {
             "value": own.value,
             "interval": own.interval(),
@@ -284,11 +291,12 @@ def summarised(recipe: str, title: str, seeds: dict, bases: dict) -> dict:
             "change": own.over(base).value,
             "change_interval": own.over(base).interval(),
             "base_interval": base.interval(),
-            # What the score contributes in this net, and what the recipe does to this score.
+            # What the score contributes in this net, and what RAT does to this score (or, where
+            # the recipe is without RAT, all of the recipe).
             "minus_msr": own.minus(msr).value,
             "minus_msr_interval": own.minus(msr).interval(),
-            "minus_plain": own.minus(plain).value,
-            "minus_plain_interval": own.minus(plain).interval(),
+            "minus_without_rat": own.minus(less).value,
+            "minus_without_rat_interval": own.minus(less).interval(),
         }
     return row
 
@@ -321,35 +329,55 @@ def report(options: argparse.Namespace) -> None:
                 recipe: {
                     "accuracy": accuracy[recipe],
                     "scores": {
-                        title: summarised(recipe, title, common, samples[BASE]) for title in SCORES
+                        title: summarised(title, common, fewer, samples[BASE]) for title in SCORES
                     },
                 }
                 for recipe, seeds in samples.items()
-                # Compared with the plain nets of the same seeds.
-                if (common := {s: seeds[s] for s in seeds if s in samples.get(BASE, {})})
+                # Compared with other nets of the same seeds.
+                if (fewer := samples.get(without_rat(recipe)))
+                if (common := {s: seeds[s] for s in seeds if s in samples[BASE] and s in fewer})
             }
     bar.close()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(content, indent=1) + "\n")
     for experiment, parts in content["experiments"].items():
         for part, recipes in parts.items():
-            print(f"\n{experiment}, {part}\n\n{table(recipes)}")
+            for metric in METRICS:
+                print(f"\n{experiment}, {part}, {metric}\n\n{table(recipes, metric)}")
     if "scratch" in content["experiments"]:
         draw(content["experiments"]["scratch"]["compare"], options.plots)
 
 
-def table(recipes: dict) -> str:
-    """AURC x1000 of every recipe and score, as markdown, with the change in % where it is told."""
+def keep(name: str, options: argparse.Namespace) -> None:
+    """Write the weights of a net to a file for others, with its recipe."""
+    net = NETS[name]
+    classes = images_of(net.data, folders(options), "test").classes
+    kept = models.create(net.model, len(classes))
+    models.load_weights(kept, folder_of(name, options.work) / "last.pt")
+    path = options.out.parent / "nets" / f"{folder_of(name, Path()).as_posix().replace('/', '-')}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    models.save_weights(
+        kept,
+        path.with_suffix(".safetensors"),
+        name=net.model,
+        classes=classes,
+        preprocessing=models.preprocessing(net.model),
+        recipe=asdict(net.recipe),
+    )
+
+
+def table(recipes: dict, metric: str) -> str:
+    """A metric x1000 of every recipe and score, as markdown, with its change in %."""
     lines = ["| recipe | accuracy % | " + " | ".join(SCORES) + " |"]
     lines.append("|---|---:|" + "---:|" * len(SCORES))
     for recipe, row in recipes.items():
         accuracy = ", ".join(f"{100 * each:.1f}" for each in row["accuracy"])
         cells = []
         for title in SCORES:
-            aurc = row["scores"][title]["aurc"]
-            low, high = (100 * v for v in aurc["change_interval"])
+            cell = row["scores"][title][metric]
+            low, high = (100 * v for v in cell["change_interval"])
             cells.append(
-                f"{1000 * aurc['value']:.1f} ({100 * aurc['change']:+.0f} %: "
+                f"{1000 * cell['value']:.1f} ({100 * cell['change']:+.0f} %: "
                 f"{low:+.0f} to {high:+.0f})"
             )
         lines.append(f"| {recipe} | {accuracy} | " + " | ".join(cells) + " |")
@@ -394,7 +422,7 @@ def draw(recipes: dict, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=["train", "score", "report"])
+    parser.add_argument("step", choices=["train", "score", "report", "keep"])
     parser.add_argument("--shared", type=shared_folder, default=shared_folder())
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of data sets")
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
@@ -408,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.step == "report":
         return report(options)
     for name in options.nets:
-        (trained if options.step == "train" else score)(name, options)
+        {"train": trained, "score": score, "keep": keep}[options.step](name, options)
 
 
 if __name__ == "__main__":

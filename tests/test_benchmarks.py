@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from rat_ext import metrics, reference
+from rat_ext import metrics, models, reference
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TRUE_SEARCHES = ("rat_ext bs", "rat_ext bs 2^-12", "rat_ext bisect", "fixed ray", "textbook")
@@ -308,7 +308,11 @@ def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeyp
     quick = {"epochs": 1, "warmup": 0, "batch_size": 20, "bf16": False}
     nets = {
         f"scratch/{name}/{seed}": misd.Net(misd.from_scratch(seed=seed, **quick, **changes))
-        for name, changes in {"plain": {}, "RAT + SWA": {"loss": "rat", "swa": 1}}.items()
+        for name, changes in {
+            "plain": {},
+            "SWA": {"swa": 1},
+            "RAT + SWA": {"loss": "rat", "swa": 1},
+        }.items()
         for seed in (0, 1)
     }
     del nets["scratch/RAT + SWA/1"]  # not there yet
@@ -323,12 +327,19 @@ def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeyp
         monkeypatch.setattr(misd, "measured", None)  # what is done is not done again
         misd.main(["score", "--nets", *nets, *common])
         misd.main(["report", *common])
+        misd.main(["keep", "--nets", "scratch/plain/0", *common])
     finally:
         torch.set_num_threads(threads)
+    kept = tmp_path / "nets" / "scratch-plain-0.safetensors"
+    model = models.create(models.name_in(kept), len(models.classes_in(kept))).eval()
+    models.load_weights(model, kept)
+    x = misd.images_of("shared", misd.Folders(tmp_path, tmp_path, "cpu"), "test").pixels[:10]
+    with np.load(tmp_path / "work" / "scratch" / "plain" / "0" / "scores.npz") as columns:
+        assert model(x).argmax(1).tolist() == columns["MSR/prediction"][:10].tolist()
     experiment = json.loads((tmp_path / "misd.json").read_text())["experiments"]["scratch"]
     assert experiment.keys() == {"compare", "confirm"}
     for recipes in experiment.values():
-        assert [len(row["accuracy"]) for row in recipes.values()] == [2, 1]
+        assert [len(row["accuracy"]) for row in recipes.values()] == [2, 2, 1]
         for recipe, row in recipes.items():
             assert row["scores"].keys() == set(misd.SCORES)
             for title, each in row["scores"].items():
@@ -336,8 +347,8 @@ def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeyp
                     low, high = metric["interval"]
                     assert low <= metric["value"] <= high or np.isnan(metric["value"])
                 if recipe == "plain":
-                    assert each["aurc"]["minus_plain"] == 0
-                    assert each["aurc"]["minus_plain_interval"] == [0, 0]
+                    assert each["aurc"]["minus_without_rat"] == 0
+                    assert each["aurc"]["minus_without_rat_interval"] == [0, 0]
                 if title == "MSR":
                     assert each["aurc"]["minus_msr_interval"] == [0, 0]
         assert recipes["plain"]["scores"]["MSR"]["aurc"]["change"] == 0
