@@ -21,7 +21,7 @@ from common import load_model, load_test_images, shared_folder
 
 import rat_ext
 from rat_ext import reference
-from rat_ext.search.options import Options
+from rat_ext.search.checked import Options
 
 RTOL = 2.0**-10
 

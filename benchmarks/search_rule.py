@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 import rat_ext
 from rat_ext import reference
-from rat_ext.search.options import Options
+from rat_ext.search.checked import Options
 
 TOLERANCES = (1e-2, 2.0**-12)
 EPS_MIN = 2.0**-24  # of pixels in [0, 1]: smaller steps are rounded away

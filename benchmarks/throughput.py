@@ -50,7 +50,7 @@ from tqdm.auto import tqdm
 
 import rat_ext
 from rat_ext import models, reference
-from rat_ext.search.options import Options
+from rat_ext.search.checked import Options
 
 MODELS = (
     "mlp",

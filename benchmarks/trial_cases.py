@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rat_ext import reference
-from rat_ext.search.options import WIDE
+from rat_ext.search.checked import WIDE
 
 KINDS = {
     "plain": "inputs that fill their bounds, in float32 or float64",

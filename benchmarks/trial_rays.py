@@ -11,7 +11,7 @@ from trial_cases import Case
 import rat_ext
 from rat_ext import reference
 from rat_ext.search.bracket_search import BracketSearch
-from rat_ext.search.options import WIDE
+from rat_ext.search.checked import WIDE
 
 
 def run(case: Case, x: Tensor, options: dict) -> tuple[rat_ext.RadiusResult, list[Tensor]]:

@@ -26,7 +26,7 @@ from trial_rays import Ray, run
 
 import rat_ext
 from rat_ext import reference
-from rat_ext.search.options import Options
+from rat_ext.search.checked import Options
 
 PROBES = (1, 2, 4, 8)
 

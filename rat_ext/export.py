@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._common.extras import install
 from ._common.user_model import check_device, logits_of, undisturbed
-from .search.options import WIDE, Options
+from .search.checked import WIDE, Options
 from .search.tensors import checked_input
 
 # torch.onnx of torch 2.4 takes modules only, with their example arguments.

@@ -24,7 +24,8 @@ from torch import Tensor
 from ._common.per_sample import of_rows, with_arguments
 from ._common.resolution import least_step
 from ._common.user_model import Model, check_device, full_float32, logits_of, undisturbed
-from .search.options import WIDE, Options, SearchOptions, check_classes, shows_options
+from .search.checked import WIDE, Options, check_classes
+from .search.options import SearchOptions, shows_options
 from .search.result import RadiusResult, concatenate, problems, verified, warn_about
 
 if TYPE_CHECKING:

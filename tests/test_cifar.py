@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rat_ext import datasets, models, reference, robust_radius
-from rat_ext.search.options import Options
+from rat_ext.search.checked import Options
 
 RTOL = 2.0**-10
 

@@ -16,7 +16,7 @@ from .._common.bounds import Value
 from .._common.per_sample import of_rows
 from .._common.user_model import Model, logits_of
 from ..search.attack import Attack, register
-from ..search.options import WIDE, Options
+from ..search.checked import WIDE, Options
 from ..search.result import RadiusResult
 from ..search.tensors import like_rows
 from .rays import VectorRay, length, unit

@@ -14,7 +14,7 @@ from .._common.user_model import Model, logits_of
 from .._core import core
 from ..search.attack import register
 from ..search.bracket_search import BracketSearch, target_seed
-from ..search.options import Options
+from ..search.checked import Options
 from ..search.result import RadiusResult, smallest
 from ..search.tensors import differentiable_logits, for_core, like_rows
 from .rays import VectorRay, fgsm, length, steepest

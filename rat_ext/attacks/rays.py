@@ -12,7 +12,7 @@ from .._common.user_model import Model
 from .._core import core
 from ..search.attack import register
 from ..search.bracket_search import BracketSearch
-from ..search.options import WIDE, Options
+from ..search.checked import WIDE, Options
 from ..search.place import runs_core
 from ..search.tensors import empty_rows_like, like_rows, ray_room
 

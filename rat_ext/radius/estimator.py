@@ -26,7 +26,8 @@ from .._common.user_model import Model, check_device, full_float32, undisturbed
 from .._core import core
 from ..attacks.rays import fgsm
 from ..search.bracket_search import batch_sizes
-from ..search.options import Options, SearchOptions, shows_options
+from ..search.checked import Options
+from ..search.options import SearchOptions, shows_options
 from ..search.result import RadiusResult, concatenate, warn_about
 from ..search.tensors import (
     checked_input,

@@ -19,7 +19,8 @@ from .._common.per_sample import of_rows, with_arguments
 from .._common.user_model import Model, check_device, full_float32, undisturbed
 from ..attacks.borrowed import AttackRay
 from ..search.attack import Searching
-from ..search.options import Options, SearchOptions, check_classes, shows_options
+from ..search.checked import Options, check_classes
+from ..search.options import SearchOptions, shows_options
 from ..search.result import RadiusResult, best, problems, verified, warn_about
 from ..search.tensors import checked_input, differentiable_logits, with_dense_rows
 

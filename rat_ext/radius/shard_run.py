@@ -26,7 +26,8 @@ from .._common.per_sample import with_arguments
 from .._common.storage import fingerprint, locked, remove_leftovers
 from .._common.user_model import Model
 from .._core import __version__
-from ..search.options import OPTIONS, Options, SearchOptions
+from ..search.checked import Options
+from ..search.options import OPTIONS, SearchOptions
 from ..search.result import RadiusResult
 from .numbered_batches import NumberedBatches
 from .robust_radius import robust_radius

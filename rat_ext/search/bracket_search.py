@@ -12,7 +12,7 @@ from torch import Tensor
 from .._common.per_sample import PerSample, of_rows
 from .._common.user_model import Model, logits_of
 from .._core import core
-from .options import WIDE, Options
+from .checked import WIDE, Options
 from .place import launch_arguments, state_device
 from .result import RadiusResult
 from .tensors import empty_rows_like, for_core, like_rows, plain, ray_room

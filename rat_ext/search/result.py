@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._common.per_sample import of_rows
 from .._common.user_model import Model, logits_of
-from .options import WIDE, Options
+from .checked import WIDE, Options
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._common.user_model import Model, logits_of
 from .._core import core
-from .options import WIDE, Options
+from .checked import WIDE, Options
 from .place import launch_arguments, runs_core
 
 

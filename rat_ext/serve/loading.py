@@ -11,7 +11,8 @@ from torch import nn
 
 from ..datasets import Preprocessing
 from ..detector import Detector
-from ..search.options import Options, SearchOptions
+from ..search.checked import Options
+from ..search.options import SearchOptions
 from .decoding import Decoder
 from .gate import Gate
 

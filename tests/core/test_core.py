@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rat_ext import _core
 from rat_ext.reference import log_odds
-from rat_ext.search.options import MAX_PROBES, WIDE
+from rat_ext.search.checked import WIDE
+from rat_ext.search.options import MAX_PROBES
 from rat_ext.search.tensors import ray_room
 
 pytestmark = pytest.mark.core

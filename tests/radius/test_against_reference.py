@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rat_ext import RadiusResult, reference, robust_radius
-from rat_ext.search.options import Options
+from rat_ext.search.checked import Options
 
 METHODS = ["bs", "fast"]
 SEARCHES = {
