@@ -180,12 +180,19 @@ class Run:
         return module
 
     def _renew_statistics(self, workers: int) -> None:
-        """Give averaged weights their own statistics of batch normalisation."""
+        """Give averaged weights their own statistics of batch normalisation.
+
+        Of augmented images, which the weights were trained on: a black margin alone moves the first
+        layer's mean by more than the weights do.
+        """
         assert self.average is not None
-        index = torch.arange(self.rank, len(self.data), self.world)
-        parts = [part.tolist() for part in torch.split(index, self.batch_size)]
-        loader = batches(self.data, parts, workers, self.device)
-        update_bn((x for x, _ in loader), self.average, self.device)
+        share = slice(self.rank, None, self.world)
+        parts = torch.arange(len(self.data))[share].split(self.batch_size)
+        loader = batches(self.data, [part.tolist() for part in parts], workers, self.device)
+        common = torch.Generator(self.device).manual_seed(self.recipe.seed)
+        augment = AUGMENTATIONS[self.recipe.augment]
+        images = (augment(x.to(self.device), common, self.world, share) for x, _ in loader)
+        update_bn(images, self.average, self.device)
         self._average_buffers(self.average)
 
     @torch.no_grad()

@@ -132,6 +132,16 @@ def test_swa_is_the_mean_of_the_last_epochs_with_its_own_statistics() -> None:
     )
 
 
+def test_statistics_of_averaged_weights_are_of_images_as_they_were_trained_on() -> None:
+    white = datasets.Images(torch.ones(32, 3, 16, 16), torch.arange(32) % 2, ("a", "b"))
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(768, 2))
+    recipe = plain(epochs=1, warmup=0, swa=1, batch_size=16, augment="crop")
+    run = Run(model, white, recipe, torch.device("cpu"), 0, 1)
+    epochs(run, 1)
+    # Shifts of 0 to 2 pixels take 1.2 of 16 on the average, in both directions.
+    assert run.result[0].running_mean.mean().item() == pytest.approx((1 - 1.2 / 16) ** 2, abs=0.03)
+
+
 def test_swa_falls_to_its_learning_rate_and_stays_there() -> None:
     run = started(plain(epochs=6, swa=2, swa_lr=0.02, lr=0.5, batch_size=8))
     rates = [run.learning_rate(step) for step in range(18)]
