@@ -360,6 +360,17 @@ def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeyp
     assert "| RAT + SWA |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kept", sorted((BENCHMARKS / "results" / "nets").iterdir()), ids=str)
+def test_kept_nets_are_small_and_say_what_they_are(kept):
+    pytest.importorskip("safetensors")
+    assert kept.stat().st_size <= 1.2e6
+    model = models.create(models.name_in(kept), len(models.classes_in(kept))).eval()
+    models.load_weights(model, kept)
+    assert models.preprocessing_in(kept).size == (3, 32, 32)
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, 32, 32)).isfinite().all()
+
+
 def test_uses_of_a_radius(archives, tmp_path, monkeypatch, capsys):
     import radius_uses
 
