@@ -283,7 +283,9 @@ def summarised(title: str, seeds: dict, fewer: dict, bases: dict) -> dict:
         own = Sample.mean([seeds[seed][title][metric] for seed in seeds])
         base = Sample.mean([bases[seed][BASE_SCORE][metric] for seed in seeds])
         msr = Sample.mean([seeds[seed][BASE_SCORE][metric] for seed in seeds])
-        less = Sample.mean([fewer[seed][title][metric] for seed in seeds])
+        both = [seed for seed in seeds if seed in fewer]  # that there are nets of with and without
+        more = Sample.mean([seeds[seed][title][metric] for seed in both])
+        rat = more.minus(Sample.mean([fewer[seed][title][metric] for seed in both]))
         row[metric] = {
             "value": own.value,
             "interval": own.interval(),
@@ -295,8 +297,8 @@ def summarised(title: str, seeds: dict, fewer: dict, bases: dict) -> dict:
             # the recipe is without RAT, all of the recipe).
             "minus_msr": own.minus(msr).value,
             "minus_msr_interval": own.minus(msr).interval(),
-            "minus_without_rat": own.minus(less).value,
-            "minus_without_rat_interval": own.minus(less).interval(),
+            "minus_without_rat": rat.value,
+            "minus_without_rat_interval": rat.interval(),
         }
     return row
 
@@ -333,9 +335,9 @@ def report(options: argparse.Namespace) -> None:
                     },
                 }
                 for recipe, seeds in samples.items()
-                # Compared with other nets of the same seeds.
-                if (fewer := samples.get(without_rat(recipe)))
-                if (common := {s: seeds[s] for s in seeds if s in samples[BASE] and s in fewer})
+                # Compared with the plain nets of the same seeds.
+                if (common := {s: seeds[s] for s in seeds if s in samples.get(BASE, {})})
+                if (fewer := samples.get(without_rat(recipe), {})).keys() & common.keys()
             }
     bar.close()
     options.out.parent.mkdir(parents=True, exist_ok=True)
