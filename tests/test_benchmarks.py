@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from rat_ext import metrics, models, reference
+from rat_ext import metrics, models, reference, scores
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TRUE_SEARCHES = ("rat_ext bs", "rat_ext bs 2^-12", "rat_ext bisect", "fixed ray", "textbook")
@@ -319,6 +319,7 @@ def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeyp
     monkeypatch.setattr(misd, "NETS", nets)
     common = ["--shared", str(tmp_path), "--work", str(tmp_path / "work"), "--device", "cpu"]
     common += ["--resamples", "30", "--out", str(tmp_path / "misd.json"), "--plots", str(tmp_path)]
+    record, measured = tmp_path / "misd" / "scratch-plain-0.npz", misd.measured
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -328,18 +329,30 @@ def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeyp
         misd.main(["score", "--nets", *nets, *common])
         misd.main(["report", *common])
         misd.main(["keep", "--nets", "scratch/plain/0", *common])
+        scored, train_accuracy = misd.read(record)
+        record.unlink()
+        monkeypatch.setattr(misd, "measured", measured)
+        monkeypatch.setattr(misd, "trained", None)  # the weights that were kept are scored
+        misd.main(["score", "--nets", "scratch/plain/0", *common])
+        again, _ = misd.read(record)
     finally:
         torch.set_num_threads(threads)
     kept = tmp_path / "nets" / "scratch-plain-0.safetensors"
     model = models.create(models.name_in(kept), len(models.classes_in(kept))).eval()
     models.load_weights(model, kept)
     x = misd.images_of("shared", misd.Folders(tmp_path, tmp_path, "cpu"), "test").pixels[:10]
-    with np.load(tmp_path / "work" / "scratch" / "plain" / "0" / "scores.npz") as columns:
-        assert model(x).argmax(1).tolist() == columns["MSR/prediction"][:10].tolist()
+    ranks = [each["MSR, mirrored"].confidence.tolist() for each in (scored, again)]
+    assert ranks[0] == ranks[1]
+    targets = misd.images_of("shared", misd.Folders(tmp_path, tmp_path, "cpu"), "test").targets
+    right = model(x).argmax(1) == targets[:10]
+    assert scored["MSR"].correct[:10].tolist() == right.tolist()
+    order = torch.from_numpy(scored["MSR"].confidence[:10]).argsort()
+    assert order.tolist() == scores.get("msr").score_and_predict(model, x)[0].argsort().tolist()
     experiment = json.loads((tmp_path / "misd.json").read_text())["experiments"]["scratch"]
     assert experiment.keys() == {"compare", "confirm"}
     for recipes in experiment.values():
         assert [len(row["accuracy"]) for row in recipes.values()] == [2, 2, 1]
+        assert recipes["plain"]["train_accuracy"][0] == train_accuracy
         for recipe, row in recipes.items():
             assert row["scores"].keys() == set(misd.SCORES)
             for title, each in row["scores"].items():
@@ -352,12 +365,11 @@ def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeyp
                 if title == "MSR":
                     assert each["aurc"]["minus_msr_interval"] == [0, 0]
         assert recipes["plain"]["scores"]["MSR"]["aurc"]["change"] == 0
-    scored = misd.read("scratch/plain/0", tmp_path / "work")
     part = experiment["confirm"]["plain"]["scores"]["RR-BS, mirrored"]["aurc"]["seeds"][0]
     confidence, correct = (column[40:] for column in scored["RR-BS, mirrored"])
     assert part == metrics.aurc(confidence, correct)
     assert (tmp_path / "misd.png").stat().st_size > 1000
-    assert "| RAT + SWA |" in capsys.readouterr().out
+    assert "| RAT + SWA, RR-BS, mirrored |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kept", sorted((BENCHMARKS / "results" / "nets").iterdir()), ids=str)
