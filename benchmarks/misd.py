@@ -310,9 +310,6 @@ def summarised(title: str, seeds: dict, fewer: dict, bases: dict) -> dict:
         own = Sample.mean([seeds[seed][title][metric] for seed in seeds])
         base = Sample.mean([bases[seed][BASE_SCORE][metric] for seed in seeds])
         msr = Sample.mean([seeds[seed][BASE_SCORE][metric] for seed in seeds])
-        both = [seed for seed in seeds if seed in fewer]  # that there are nets of with and without
-        more = Sample.mean([seeds[seed][title][metric] for seed in both])
-        rat = more.minus(Sample.mean([fewer[seed][title][metric] for seed in both]))
         row[metric] = {
             "value": own.value,
             "interval": own.interval(),
@@ -320,13 +317,16 @@ def summarised(title: str, seeds: dict, fewer: dict, bases: dict) -> dict:
             "change": own.over(base).value,
             "change_interval": own.over(base).interval(),
             "base_interval": base.interval(),
-            # What the score contributes in this net, and what RAT does to this score (or, where
-            # the recipe is without RAT, all of the recipe).
+            # What the score contributes in this net.
             "minus_msr": own.minus(msr).value,
             "minus_msr_interval": own.minus(msr).interval(),
-            "minus_without_rat": rat.value,
-            "minus_without_rat_interval": rat.interval(),
         }
+        # What RAT does to this score, or, where the recipe is without RAT, all of the recipe.
+        if both := [seed for seed in seeds if seed in fewer]:
+            more = Sample.mean([seeds[seed][title][metric] for seed in both])
+            rat = more.minus(Sample.mean([fewer[seed][title][metric] for seed in both]))
+            row[metric]["minus_without_rat"] = rat.value
+            row[metric]["minus_without_rat_interval"] = rat.interval()
     return row
 
 
@@ -360,20 +360,22 @@ def report(options: argparse.Namespace) -> None:
                     "accuracy": [own for own, _ in accuracy[recipe]],
                     "train_accuracy": [train for _, train in accuracy[recipe]],
                     "scores": {
-                        title: summarised(title, common, fewer, samples[BASE]) for title in SCORES
+                        title: summarised(
+                            title, common, samples.get(without_rat(recipe), {}), samples[BASE]
+                        )
+                        for title in SCORES
                     },
                 }
                 for recipe, seeds in samples.items()
                 # Compared with the plain nets of the same seeds.
                 if (common := {s: seeds[s] for s in seeds if s in samples.get(BASE, {})})
-                if (fewer := samples.get(without_rat(recipe), {})).keys() & common.keys()
             }
     bar.close()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(content, indent=1) + "\n")
     for experiment, parts in content["experiments"].items():
         print(f"\n{experiment}\n\n{HEAD}", *rows(parts), sep="\n")
-        print(f"\n{accuracies(parts)}")
+        print(f"\n{shares(parts)}")
     draw(content["experiments"], options.plots / "misd.png")
 
 
@@ -425,14 +427,29 @@ def changed(row: dict) -> str:
     return f"{100 * row['change']:+.0f} % ({100 * low:+.0f} to {100 * high:+.0f})"
 
 
-def accuracies(experiment: dict) -> str:
-    """Of every recipe, by seed, in %."""
+def shares(experiment: dict) -> str:
+    """The accuracy of every recipe, and what the radius and the recipe do to the AURC x1000."""
     lines = []
     for recipe, row in experiment["compare"].items():
-        each = [row["accuracy"], experiment["confirm"][recipe]["accuracy"], row["train_accuracy"]]
-        first, last, train = (", ".join(f"{100 * value:.1f}" for value in part) for part in each)
-        lines.append(f"{recipe}: {first} % first, {last} % last, {train} % of training images")
+        last = experiment["confirm"][recipe]
+        parts = {"first": row["accuracy"], "last": last["accuracy"], "train": row["train_accuracy"]}
+        each = (f"{k} {', '.join(f'{100 * v:.1f}' for v in values)}" for k, values in parts.items())
+        lines.append(f"{recipe}: accuracy in %: {'; '.join(each)}")
+        for what, title, share in (
+            ("radius less MSR", "RR-BS", "minus_msr"),
+            (f"MSR, less {without_rat(recipe)}", "MSR", "minus_without_rat"),
+        ):
+            cells = [part["scores"][title]["aurc"] for part in (row, last)]
+            if recipe != BASE or share == "minus_msr":
+                lines.append(f"    {what}: " + ", last ".join(difference(c, share) for c in cells))
     return "\n".join(lines)
+
+
+def difference(row: dict, share: str) -> str:
+    if share not in row:
+        return "not known"
+    low, high = row[f"{share}_interval"]
+    return f"{1000 * row[share]:+.1f} ({1000 * low:+.1f} to {1000 * high:+.1f})"
 
 
 def draw(experiments: dict, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -370,6 +371,41 @@ def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeyp
     assert part == metrics.aurc(confidence, correct)
     assert (tmp_path / "misd.png").stat().st_size > 1000
     assert "| RAT + SWA, RR-BS, mirrored |" in capsys.readouterr().out
+
+
+def test_recipes_by_scores_as_published_are_those_of_the_records():
+    import misd
+
+    results = BENCHMARKS / "results"
+    first = json.loads((results / "misd_first_grid.json").read_text())["experiments"]["scratch"]
+    now = json.loads((results / "misd.json").read_text())["experiments"]
+    options = SimpleNamespace(out=results / "misd.json")
+    records = {name: misd.result_of(name, options, "misd", ".npz") for name in misd.NETS}
+    records = {name: path for name, path in records.items() if path.exists()}
+    assert {path.name for path in records.values()} == {
+        path.name for path in (results / "misd").iterdir()
+    }
+    seeds: dict[tuple[str, str], list] = {}
+    for name, path in records.items():
+        experiment, recipe, _ = name.split("/")
+        seeds.setdefault((experiment, recipe), []).append(misd.read(path)[0])
+    assert set(seeds) == {(each, recipe) for each in now for recipe in now[each]["compare"]}
+    for (experiment, recipe), nets in seeds.items():
+        for part, images in (("compare", misd.COMPARE), ("confirm", misd.CONFIRM)):
+            for title, row in now[experiment][part][recipe]["scores"].items():
+                own = [metrics.aurc(*(c[images] for c in each[title])) for each in nets]
+                assert row["aurc"]["seeds"] == pytest.approx(own, rel=1e-12)
+    page = (BENCHMARKS.parent / "docs" / "measurements" / "misd.md").read_text()
+    tables = dict(re.findall(r"<!-- rows: ([^>]+) -->\n(.+?)\n<!-- end -->", page, re.DOTALL))
+    assert tables.keys() == now.keys()
+    for experiment, table in tables.items():
+        published = misd.rows(now[experiment])
+        if experiment == "scratch":
+            published += misd.rows(first)
+        assert table.startswith(misd.HEAD)
+        rows = table.removeprefix(misd.HEAD).split("\n")[1:]
+        assert rows
+        assert set(rows) <= set(published)
 
 
 @pytest.mark.parametrize("kept", sorted((BENCHMARKS / "results" / "nets").iterdir()), ids=str)
