@@ -21,7 +21,6 @@ compared, over the mean of the seeds of a recipe.
 
 import argparse
 import json
-import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -34,6 +33,8 @@ from tqdm.auto import tqdm
 
 from rat_ext import datasets, metrics, models, scores
 from rat_ext._common.storage import write_whole
+from rat_ext.metrics.bootstrap import bootstrap
+from rat_ext.metrics.paired import stacked
 from rat_ext.models import ViewAveraged
 from rat_ext.training import PRESETS, Recipe, train
 
@@ -284,18 +285,11 @@ class Sample(NamedTuple):
 
 def resampled(scored: Scored, images: slice, resamples: int) -> dict[str, Sample]:
     """Every metric on a part of the images; all nets and scores have the same resamples."""
-    confidence, correct = scored.confidence[images], scored.correct[images]
-    generator = np.random.default_rng(0)
-    rows = [generator.integers(len(correct), size=len(correct)) for _ in range(resamples)]
-    with warnings.catch_warnings():  # a resample without errors has no FPR@95TPR
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return {
-            name: Sample(
-                metric(confidence, correct),
-                np.array([metric(confidence[each], correct[each]) for each in rows]),
-            )
-            for name, metric in METRICS.items()
-        }
+    part = scored.confidence[images], scored.correct[images]
+    every = stacked([metric.__wrapped__(*part) for metric in METRICS.values()])
+    draws = bootstrap(every, resamples, seed=0).T
+    values = every.of(slice(None)).tolist()
+    return dict(zip(METRICS, map(Sample, values, draws), strict=True))
 
 
 def without_rat(recipe: str) -> str:
