@@ -101,7 +101,7 @@ def with_seeds(prefix: str, recipes: dict[str, Recipe], **how) -> dict[str, Net]
 
 NETS = {
     **with_seeds("scratch", {name: from_scratch(**each) for name, each in SCRATCH.items()}),
-    # Trained until every one of 10,000 images is known by heart.
+    # Trained until nearly all of 10,000 images are known by heart.
     **with_seeds("by heart", HEART, model="resnet18-w32", images=10_000),
     **with_seeds("pretrained", PRETRAINED, model="efficientnet_lite0:create", images=20_000),
     # For a GPU, in steps of some minutes: the checkpoint of every epoch is kept.
