@@ -21,6 +21,7 @@ compared, over the mean of the seeds of a recipe.
 
 import argparse
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -325,7 +326,7 @@ def summarised(title: str, seeds: dict, fewer: dict, bases: dict) -> dict:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write what there is of all nets to results/misd.json, and draw it."""
+    """Write what there is of all nets to results/misd.json and the page of docs, and draw it."""
     records = {name: result_of(name, options, "misd", ".npz") for name in NETS}
     known = [name for name in NETS if records[name].exists()]
     content = {"torch": torch.__version__, "resamples": options.resamples, "experiments": {}}
@@ -370,6 +371,7 @@ def report(options: argparse.Namespace) -> None:
     for experiment, parts in content["experiments"].items():
         print(f"\n{experiment}\n\n{HEAD}", *rows(parts), sep="\n")
         print(f"\n{shares(parts)}")
+    fill(options.plots / "misd.md", content["experiments"])
     draw(content["experiments"], options.plots / "misd.png")
 
 
@@ -395,6 +397,8 @@ HEAD = """\
 | AURC x1000, last | change | FPR@95TPR %, last |
 |---|---:|---:|---:|---:|---:|---:|"""
 """First are the images of COMPARE, last those of CONFIRM; AURC is by seed."""
+LEFT_OUT = r", (margin|RR-BS, mirrored) \|"
+"""Lines that the page of docs is shorter without: scores that nobody should prefer."""
 
 
 def rows(experiment: dict) -> list[str]:
@@ -413,6 +417,18 @@ def rows(experiment: dict) -> list[str]:
                     cells += [changed(aurc), f"{100 * fpr['value']:.0f}: {changed(fpr)}"]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def fill(page: Path, experiments: dict) -> None:
+    """Write the tables of a page anew: each between ``<!-- rows: EXPERIMENT -->`` and its end."""
+
+    def table(found: re.Match) -> str:
+        kept = [line for line in rows(experiments[found[2]]) if not re.search(LEFT_OUT, line)]
+        return "\n".join([found[1], HEAD, *kept, found[3]])
+
+    if page.exists():
+        marked = r"(<!-- rows: ([^>]+) -->)\n.*?(<!-- end -->)"
+        page.write_text(re.sub(marked, table, page.read_text(), flags=re.DOTALL))
 
 
 def changed(row: dict) -> str:

@@ -320,6 +320,8 @@ def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeyp
     monkeypatch.setattr(misd, "NETS", nets)
     common = ["--shared", str(tmp_path), "--work", str(tmp_path / "work"), "--device", "cpu"]
     common += ["--resamples", "30", "--out", str(tmp_path / "misd.json"), "--plots", str(tmp_path)]
+    page = tmp_path / "misd.md"
+    page.write_text("before\n<!-- rows: scratch -->\nold\n<!-- end -->\nafter\n")
     record, measured = tmp_path / "misd" / "scratch-plain-0.npz", misd.measured
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -370,7 +372,17 @@ def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeyp
     confidence, correct = (column[40:] for column in scored["RR-BS, mirrored"])
     assert part == metrics.aurc(confidence, correct)
     assert (tmp_path / "misd.png").stat().st_size > 1000
-    assert "| RAT + SWA, RR-BS, mirrored |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| RAT + SWA, RR-BS, mirrored |" in printed
+    before, *table, after = page.read_text().splitlines()
+    assert (before, table[0], table[-1], after) == (
+        "before",
+        "<!-- rows: scratch -->",
+        "<!-- end -->",
+        "after",
+    )
+    assert len(table) == 2 + 2 + 3 * 4  # of three recipes the scores that are published
+    assert set(table[1:-1]) < set(printed.splitlines())
 
 
 def test_recipes_by_scores_as_published_are_those_of_the_records():

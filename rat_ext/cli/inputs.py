@@ -166,9 +166,11 @@ class Data:
         return batches(data, parts, self.workers, device)
 
 
-MODEL = """digits-cnn, resnet20, resnet56, resnet110, resnet18, resnet18-w32, wrn-28-10,
-torchvision:NAME, timm:NAME or MODULE:FUNCTION, a function from the number of classes to the model
-"""
+MODEL = (
+    "digits-cnn, resnet20, resnet56, resnet110, resnet18, resnet18-w32, wrn-28-10, "
+    "torchvision:NAME, timm:NAME or MODULE:FUNCTION, a function from the number of classes to the "
+    "model"
+)
 PRETRAINED = "use the pretrained weights of torchvision or timm"
 
 
