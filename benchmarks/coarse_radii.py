@@ -15,11 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import load_model, load_test_images, shared_folder
+from common import (
+    interval,
+    load_checkpoints,
+    load_model,
+    load_test_images,
+    resampled,
+    shared_folder,
+)
 from tqdm.auto import tqdm
 
 import rat_ext
-from rat_ext import metrics, models
+from rat_ext import metrics
 
 FINE = 2.0**-12
 RTOLS = (FINE, 0.01, 0.05, 0.1, 0.2, 0.5)
@@ -40,22 +47,17 @@ def measure(model, x, target, resamples: int) -> dict[str, dict[str, object]]:
             for name in ("radius", "forward_rows", "prediction")
         )
         results[rtol] = radius.astype(np.float64), rows, prediction == target.numpy()
-    generator = np.random.default_rng(0)
-    resampled = [generator.integers(len(x), size=len(x)) for _ in range(resamples)]
-    draws = {
-        rtol: np.array([metrics.aurc(radius[rows], correct[rows]) for rows in resampled])
-        for rtol, (radius, _, correct) in results.items()
-    }
+    aurcs = [(metrics.aurc, radius, correct) for radius, _, correct in results.values()]
+    draws = dict(zip(results, resampled(aurcs, resamples), strict=True))
     fine = results[FINE]
     report = {}
     for rtol, (radius, rows, correct) in results.items():
         aurc, finest = metrics.aurc(radius, correct), metrics.aurc(fine[0], fine[2])
-        low, high = np.quantile(1000 * (draws[rtol] - draws[FINE]), [0.025, 0.975])
         report[f"{rtol:g}"] = {
             "rows": float(rows.mean()),
             "aurc": 1000 * aurc,
             "minus_fine": 1000 * (aurc - finest),
-            "interval": [float(low), float(high)],
+            "interval": interval(1000 * (draws[rtol] - draws[FINE])),
             "rank_correlation": float(np.corrcoef(ranks(radius), ranks(fine[0]))[0, 1]),
         }
     return report
@@ -72,11 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     x, target = load_test_images(options.shared, 1000 + options.images)
     x, target = x[1000:], target[1000:]
     nets = {name: load_model(options.shared, name) for name in ("resnet20", "resnet56")}
-    for each in options.nets:
-        name, _, path = each.rpartition("=")
-        model = models.create("resnet20")
-        models.load_weights(model, path)
-        nets[name or Path(path).stem] = model.eval()
+    nets |= load_checkpoints(options.nets)
     report = {}
     print("| net | rtol | rows | AURC x1000 | minus that of 2^-12 | rank correlation |")
     print("|---|---:|---:|---:|---:|---:|")

@@ -29,13 +29,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import shared_folder
+from common import interval, resampled, shared_folder
 from tqdm.auto import tqdm
 
 from rat_ext import datasets, metrics, models, scores
 from rat_ext._common.storage import write_whole
-from rat_ext.metrics.bootstrap import bootstrap
-from rat_ext.metrics.paired import stacked
 from rat_ext.models import ViewAveraged
 from rat_ext.training import PRESETS, Recipe, train
 
@@ -274,7 +272,7 @@ class Sample(NamedTuple):
         return Sample(float(np.mean(values)), np.mean(draws, axis=0))
 
     def interval(self) -> list[float]:
-        return [float(v) for v in np.nanquantile(self.draws, [0.025, 0.975])]
+        return interval(self.draws)
 
     def over(self, base: "Sample") -> "Sample":
         """The change from `base`, as a share of it."""
@@ -284,12 +282,11 @@ class Sample(NamedTuple):
         return Sample(self.value - base.value, self.draws - base.draws)
 
 
-def resampled(scored: Scored, images: slice, resamples: int) -> dict[str, Sample]:
+def sampled(scored: Scored, images: slice, resamples: int) -> dict[str, Sample]:
     """Every metric on a part of the images; all nets and scores have the same resamples."""
     part = scored.confidence[images], scored.correct[images]
-    every = stacked([metric.__wrapped__(*part) for metric in METRICS.values()])
-    draws = bootstrap(every, resamples, seed=0).T
-    values = every.of(slice(None)).tolist()
+    draws = resampled([(metric, *part) for metric in METRICS.values()], resamples)
+    values = [metric(*part) for metric in METRICS.values()]
     return dict(zip(METRICS, map(Sample, values, draws), strict=True))
 
 
@@ -347,7 +344,7 @@ def report(options: argparse.Namespace) -> None:
                     right = scored[BASE_SCORE].correct[images]
                     accuracy.setdefault(recipe, []).append((float(right.mean()), train_accuracy))
                     for title in SCORES:
-                        each = resampled(scored[title], images, options.resamples)
+                        each = sampled(scored[title], images, options.resamples)
                         samples[recipe][seed][title] = each
                         bar.update()
             parts[part] = {

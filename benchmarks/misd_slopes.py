@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import load_model, shared_folder
+from common import interval, load_model, resampled, shared_folder
 from tqdm.auto import tqdm
 
 from rat_ext import datasets, metrics, models, scores
@@ -135,20 +135,6 @@ def slopes(model: torch.nn.Module, images: datasets.Images) -> torch.Tensor:
     return torch.cat(norms)
 
 
-def bootstrapped(confidences: np.ndarray, correct: np.ndarray, resamples: int) -> np.ndarray:
-    """(scores, resamples) AURCs, all scores on the same resamples of the images."""
-    generator = np.random.default_rng(0)
-    values = np.empty((len(confidences), resamples))
-    for i in range(resamples):
-        chosen = generator.integers(len(correct), size=len(correct))
-        values[:, i] = [metrics.aurc(each[chosen], correct[chosen]) for each in confidences]
-    return values
-
-
-def interval(values: np.ndarray) -> list[float]:
-    return [float(v) for v in np.quantile(values, [0.025, 0.975])]
-
-
 def measured(name: str, model: torch.nn.Module, arguments: argparse.Namespace) -> dict:
     """What the scores make of a net, as it goes into the results."""
     data = datasets.jpeg_archive(
@@ -179,7 +165,8 @@ def measured(name: str, model: torch.nn.Module, arguments: argparse.Namespace) -
 
     right = correct.numpy()
     values = {title: each.double().numpy() for title, each in confidences.items()}
-    samples = bootstrapped(np.stack(list(values.values())), right, arguments.resamples)
+    aurcs = [(metrics.aurc, each, right) for each in values.values()]
+    samples = resampled(aurcs, arguments.resamples)
     baseline = samples[list(values).index(BASELINE)]
     rows = {}
     for title, sample in zip(values, samples, strict=True):

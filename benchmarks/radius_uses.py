@@ -24,14 +24,20 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from common import load_model, load_test_images, shared_folder
+from common import (
+    interval,
+    load_checkpoints,
+    load_model,
+    load_test_images,
+    resampled,
+    shared_folder,
+)
 from tqdm.auto import tqdm
 
 import rat_ext
-from rat_ext import datasets, metrics, models, scores
+from rat_ext import datasets, metrics, scores
 
 SCORES = {"MSR": ("msr", {}), "margin": ("margin", {}), "RR-BS": ("rr-bs", {"temperature": 1.0})}
 
@@ -113,14 +119,10 @@ def compared(values, positive, resamples):
     positive = positive.numpy()
     values = {title: each.double().numpy() for title, each in values.items()}
     row = {title: metrics.auroc(each, positive) for title, each in values.items()}
-    generator = np.random.default_rng(0)
-    differences = []
-    for _ in range(resamples):
-        chosen = generator.integers(len(positive), size=len(positive))
-        radius, msr = (metrics.auroc(values[t][chosen], positive[chosen]) for t in ("RR-BS", "MSR"))
-        differences.append(radius - msr)
+    aurocs = [(metrics.auroc, values[title], positive) for title in ("RR-BS", "MSR")]
+    radius, msr = resampled(aurocs, resamples)
     row["RR-BS minus MSR"] = row["RR-BS"] - row["MSR"]
-    row["interval"] = [float(v) for v in np.quantile(differences, [0.025, 0.975])]
+    row["interval"] = interval(radius - msr)
     row["share"] = float(positive.mean())
     return row
 
@@ -186,12 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     x, target = load_test_images(options.shared, 1000 + options.images)
     x, target = x[1000:], target[1000:]
-    nets = {"shared": load_model(options.shared, "resnet20")}
-    for each in options.nets:
-        name, _, path = each.rpartition("=")
-        model = models.create("resnet20")
-        models.load_weights(model, path)
-        nets[name or Path(path).stem] = model.eval()
+    nets = {"shared": load_model(options.shared, "resnet20"), **load_checkpoints(options.nets)}
     report = {name: uses(model, x, target, options) for name, model in tqdm(nets.items())}
     print(table(report))
     if options.out:

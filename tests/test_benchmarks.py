@@ -440,6 +440,18 @@ def test_kept_nets_are_small_and_say_what_they_are(kept):
         assert model(torch.rand(2, 3, 32, 32)).isfinite().all()
 
 
+def test_checkpoints_are_named_by_the_user_or_by_their_file():
+    pytest.importorskip("safetensors")
+    from common import load_checkpoints
+
+    kept = BENCHMARKS / "results" / "nets" / "scratch-plain-0.safetensors"
+    nets = load_checkpoints([f"plain={kept}", str(kept)])
+    assert list(nets) == ["plain", "scratch-plain-0"]
+    assert not any(net.training for net in nets.values())
+    one, other = (net.state_dict() for net in nets.values())
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_uses_of_a_radius(archives, tmp_path, monkeypatch, capsys):
     import radius_uses
 
